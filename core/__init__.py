@@ -1,0 +1,1 @@
+"""Words shared by every room: adapters, the wire, configuration, base models, tasks."""

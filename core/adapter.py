@@ -1,0 +1,313 @@
+"""The currency of a federation: what adapter tensors are (`AdapterSpec`) and their values (`AdapterState`).
+
+Both are immutable. Values are read-only NumPy arrays in float32 or float64, so that every rule above this file is
+plain array arithmetic without a model, a device or Flower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import NonFiniteError, UserError
+
+Policy = Literal["share", "freeze", "local"]
+Averaging = Literal["linear", "product", "nonlinear"]
+_DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor of an adapter.
+
+    ``averaging`` says what the mean of two sites' tensors means for the model's function: ``linear`` (the mean of
+    the effects), ``product`` (one factor of a product: mean(B) mean(A) is not mean(B A)) or ``nonlinear``.
+    ``policy``: ``share`` is trained and exchanged, ``freeze`` is equal everywhere and not trained, ``local`` is
+    trained and never leaves the site.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    role: str = "weight"
+    averaging: Averaging = "nonlinear"
+    policy: Policy = "share"
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """A and B of one low-rank update: dW = scaling * B A, with A (r, n) and B (m, r), for W (m, n).
+
+    ``fan_in_fan_out`` marks layers that store W transposed (GPT-2's ``Conv1D``): the stored update is dW^T.
+    """
+
+    a: str
+    b: str
+    scaling: float
+    fan_in_fan_out: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What the tensors of an adapter are: order, shapes, meaning, and which A belongs to which B."""
+
+    method: str
+    tensors: tuple[TensorSpec, ...]
+    pairs: tuple[LowRankPair, ...] = ()
+    rank: int | None = None
+    alpha: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [tensor.name for tensor in self.tensors]
+        if len(set(names)) != len(names):
+            raise ValueError("two tensors of an adapter have the same name")
+        for tensor in self.tensors:
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"tensor {tensor.name}: dtype {tensor.dtype} is not one of {', '.join(_DTYPES)}")
+        known = set(names)
+        for pair in self.pairs:
+            if pair.a not in known or pair.b not in known:
+                raise ValueError(f"the pair {pair.a}, {pair.b} names a tensor that the adapter does not have")
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        return MappingProxyType({tensor.name: tensor for tensor in self.tensors})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    def with_policy(self, policy: Policy, where: Callable[[TensorSpec], bool]) -> AdapterSpec:
+        """A copy in which every tensor that satisfies ``where`` has ``policy``."""
+        return replace(self, tensors=tuple(replace(t, policy=policy) if where(t) else t for t in self.tensors))
+
+    def select(self, *policies: Policy) -> tuple[str, ...]:
+        """Names of the tensors with one of ``policies``, in order."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.policy in policies)
+
+    def to_json(self) -> str:
+        values = {key: getattr(self, key) for key in ("method", "rank", "alpha")}
+        values |= {
+            "options": dict(self.options),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "pairs": [asdict(pair) for pair in self.pairs],
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterSpec:
+        try:
+            values = json.loads(text)
+            return cls(
+                method=values["method"],
+                rank=values["rank"],
+                alpha=values["alpha"],
+                options=values["options"],
+                tensors=tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]),
+                pairs=tuple(LowRankPair(**pair) for pair in values["pairs"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"not an adapter description: {error!r}") from None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the description, first 16 hex digits: equal on both ends or nothing is exchanged."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def explain_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
+    """Why two shapes of a tensor differ, in the words of the person who can mend it."""
+    text = f"tensor {name} has shape {list(got)}, expected {list(want)}"
+    factor = re.search(r"lora_(A|B)\.", name)
+    if factor and len(got) == len(want) == 2:
+        axis = 0 if factor[1] == "A" else 1
+        if got[axis] != want[axis] and got[1 - axis] == want[1 - axis]:
+            return f"{text}: rank {got[axis]} against rank {want[axis]}; set method.rank alike everywhere"
+    return text
+
+
+class AdapterState(Mapping[str, np.ndarray]):
+    """Named tensors in the order of their spec, read-only.
+
+    Arguments: ``spec``; ``tensors``: an array for exactly the names of the spec (or for ``names``, a subset, such as
+    those that a site may send). Raises :class:`UserError` that names the tensor when a name is missing or unknown,
+    or a shape or dtype differs.
+    """
+
+    __slots__ = ("_digest", "_tensors", "spec")
+
+    def __init__(
+        self, spec: AdapterSpec, tensors: Mapping[str, np.ndarray], *, names: Iterable[str] | None = None
+    ) -> None:
+        order = spec.names if names is None else tuple(names)
+        unknown = sorted(set(tensors) - set(order))
+        if unknown:
+            raise UserError(f"unknown tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
+        held: dict[str, np.ndarray] = {}
+        for name in order:
+            want = spec.by_name[name]
+            if name not in tensors:
+                raise UserError(f"tensor {name} is missing")
+            array = np.asarray(tensors[name])
+            if array.shape != want.shape:
+                raise UserError(explain_shape(name, array.shape, want.shape))
+            if array.dtype.name != want.dtype:
+                raise UserError(f"tensor {name} is {array.dtype.name}, expected {want.dtype}")
+            if array.flags.writeable:
+                array = array.copy()
+                array.flags.writeable = False
+            held[name] = array
+        self.spec = spec
+        self._tensors = held
+        self._digest: str | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"AdapterState({self.spec.method}, {len(self)} tensors, {self.digest[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdapterState) and self.spec == other.spec and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes and little-endian bytes, in order."""
+        if self._digest is None:
+            total = hashlib.sha256()
+            for name, array in self._tensors.items():
+                total.update(f"{name}|{list(array.shape)}|{array.dtype.name}|".encode())
+                total.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
+            self._digest = total.hexdigest()
+        return self._digest
+
+    @property
+    def parameters(self) -> int:
+        return sum(array.size for array in self.values())
+
+    def only(self, names: Iterable[str]) -> AdapterState:
+        """The sub-state of ``names`` (in the order of the spec)."""
+        keep = set(names)
+        order = [name for name in self if name in keep]
+        return AdapterState(self.spec, {name: self[name] for name in order}, names=order)
+
+    def filled_from(self, other: AdapterState) -> AdapterState:
+        """A full state: these tensors, and ``other``'s for the names that are missing here."""
+        return AdapterState(self.spec, {**{n: other[n] for n in self.spec.names if n in other}, **self})
+
+    def with_spec(self, spec: AdapterSpec) -> AdapterState:
+        """The same tensors under another description (such as changed policies)."""
+        return AdapterState(spec, dict(self), names=tuple(self))
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> AdapterState:
+        """Apply ``function`` to each tensor; the dtype of the spec is kept."""
+        return AdapterState(
+            self.spec,
+            {name: np.asarray(function(array)).astype(array.dtype) for name, array in self.items()},
+            names=tuple(self),
+        )
+
+    def _combine(self, other: AdapterState, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> AdapterState:
+        if tuple(self) != tuple(other):
+            odd = next(iter(set(self) ^ set(other)), "the order")
+            raise UserError(f"two adapters differ in their tensors: {odd}")
+        for name in self:
+            if self[name].shape != other[name].shape:
+                raise UserError(explain_shape(name, other[name].shape, self[name].shape))
+        return AdapterState(
+            self.spec,
+            {name: function(self[name], other[name]).astype(self[name].dtype) for name in self},
+            names=tuple(self),
+        )
+
+    def __add__(self, other: AdapterState) -> AdapterState:
+        return self._combine(other, np.add)
+
+    def __sub__(self, other: AdapterState) -> AdapterState:
+        return self._combine(other, np.subtract)
+
+    def __mul__(self, factor: float) -> AdapterState:
+        return self.map(lambda array: array * factor)
+
+    __rmul__ = __mul__
+
+    def dot(self, other: AdapterState) -> float:
+        """Inner product over all tensors, accumulated in float64."""
+        if tuple(self) != tuple(other):
+            raise UserError("two adapters differ in their tensors")
+        return float(sum(np.vdot(self[n].astype(np.float64), other[n].astype(np.float64)) for n in self))
+
+    def norm(self) -> float:
+        """L2 norm over all tensors."""
+        return float(np.sqrt(self.dot(self)))
+
+    def require_finite(self) -> AdapterState:
+        """Return self, or raise :class:`NonFiniteError` that names the first tensor with NaN or infinity."""
+        for name, array in self.items():
+            if not np.isfinite(array).all():
+                raise NonFiniteError(f"tensor {name} holds NaN or infinity")
+        return self
+
+    def delta(self, pair: LowRankPair) -> np.ndarray:
+        """The dense update scaling * B A of one pair, shape (m, n), in float64. For tests and small models."""
+        return pair.scaling * (self[pair.b].astype(np.float64) @ self[pair.a].astype(np.float64))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the spec travels in its metadata."""
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in self.items()},
+            Path(path),
+            metadata={"fedgraft.spec": self.spec.to_json(), "fedgraft.digest": self.digest},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdapterState:
+        """Read what :meth:`save` wrote. Raises :class:`UserError` that names the file when it is not whole."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if "fedgraft.spec" not in metadata:
+                    raise UserError(f"{path}: a safetensors file, but not one of fedgraft's")
+                spec = AdapterSpec.from_json(metadata["fedgraft.spec"])
+                held = set(file.keys())
+                names = [name for name in spec.names if name in held]
+                state = cls(spec, {name: file.get_tensor(name) for name in held}, names=names)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+        if state.digest != metadata.get("fedgraft.digest"):
+            raise UserError(f"{path}: the content does not match its checksum")
+        return state

@@ -1,0 +1,294 @@
+"""The typed run configuration: a TOML file, ``--set key=value`` overrides, and nothing that is not declared here.
+
+One :class:`RunConfig` describes a whole run. It is immutable, it round-trips through JSON (the server sends it to the
+sites) and its digest identifies it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MethodConfig(_Section):
+    """Which PEFT method, and how large."""
+
+    name: str = "lora"
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA factors")
+    target_modules: tuple[str, ...] = Field((), description="module names; empty: the method's default for the model")
+    layers: tuple[int, ...] = Field((), description="layer indices to adapt; empty: all (LoRA family)")
+    virtual_tokens: int = Field(20, ge=1, description="length of a prefix or prompt")
+
+
+class TaskConfig(_Section):
+    """What is learned, and what an example looks like."""
+
+    name: str = "sequence-classification"
+    labels: tuple[str, ...] = Field((), description="the label set, in order; empty: the data source's own")
+    max_length: int = Field(64, ge=2, description="tokens kept of a text")
+
+
+class TrainConfig(_Section):
+    """The local optimiser of a site."""
+
+    local_steps: int = Field(6, ge=1, description="optimiser steps a site takes in a round")
+    batch_size: int = Field(
+        32, ge=1, description="logical batch; under DP the expected Poisson batch, in privacy units"
+    )
+    micro_batch: int = Field(64, ge=1, description="examples in one forward pass (gradient accumulation)")
+    lr: float = Field(0.1, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over all steps of the run")
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(0.0, ge=0, description="clip the batch gradient without DP; 0: do not")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the forward pass")
+    gradient_checkpointing: bool = False
+    base_dropout: bool = Field(False, description="keep the base model's own dropout active while training")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+
+
+class PrivacyConfig(_Section):
+    """The promise to the people in the data. On unless switched off by name."""
+
+    enabled: bool = True
+    epsilon: float = Field(8.0, gt=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    unit: Literal["record", "patient"] = "record"
+    clip: float = Field(1.0, gt=0, description="L2 bound C on one unit's gradient")
+    noise_multiplier: float = Field(0.0, ge=0, description="noise std over clip; 0: the least that keeps epsilon")
+    seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
+
+
+class ServerConfig(_Section):
+    """Rounds and the wire."""
+
+    quorum: int = Field(0, ge=0, description="sites that must answer in a round; 0: all")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's answers")
+    join_timeout: float = Field(120.0, gt=0, description="seconds to wait for the sites to appear")
+    wire_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="dtype of the tensors on the wire")
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class EvaluateConfig(_Section):
+    """Local evaluation on each site's held-out records."""
+
+    every: int = Field(1, ge=0, description="evaluate after every n-th round; 0: only before and after the run")
+    batch_size: int = Field(128, ge=1)
+    release: Literal["exact", "none"] = Field(
+        "exact", description="exact: counts over held-out records leave the site; none: nothing does"
+    )
+
+
+class SiteConfig(_Section):
+    """One site: its name and, when the data lie in one file a site, the path."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    path: str = ""
+    model: str = Field("", description="another base model than the run's; refused by the fingerprint check")
+
+
+class DataConfig(_Section):
+    """Where the records come from and how a simulation deals them to the sites."""
+
+    source: str = Field("files", description="files, or a built-in source such as icd10")
+    path: str = Field("", description="one CSV, JSONL, Parquet file or image folder that is dealt to the sites")
+    sites: tuple[SiteConfig, ...] = Field(min_length=1)
+    partition: Literal["iid", "dirichlet"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small: more skew")
+    text_column: str = "text"
+    label_column: str = "label"
+    image_column: str = "image"
+    patient_column: str = "patient"
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="held out by patient where there is a patient column")
+    max_per_class: int = Field(0, ge=0, description="training records kept of a class; 0: all")
+    test_per_class: int = Field(0, ge=0, description="held-out records kept of a class; 0: all")
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _names_are_sites(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [{"name": site} if isinstance(site, str) else site for site in value]
+        return value
+
+    @field_validator("sites")
+    @classmethod
+    def _unique(cls, sites: tuple[SiteConfig, ...]) -> tuple[SiteConfig, ...]:
+        names = [site.name for site in sites]
+        if len(set(names)) != len(names):
+            raise ValueError("two sites have the same name")
+        return tuple(sorted(sites, key=lambda site: site.name))
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    name: str = Field("", description="what to call the run; empty: the configuration's file name")
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(5, ge=1)
+    strategy: str = "fedit"
+    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    model: str = Field(description="package:NAME/FOLDER, a local folder, or a hub name")
+    method: MethodConfig = MethodConfig()
+    task: TaskConfig = TaskConfig()
+    train: TrainConfig = TrainConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    server: ServerConfig = ServerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    data: DataConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.server.quorum > len(self.data.sites):
+            raise ValueError(f"server.quorum is {self.server.quorum} but there are {len(self.data.sites)} sites")
+        if self.privacy.enabled and self.train.max_grad_norm > 0:
+            raise ValueError("train.max_grad_norm clips the batch gradient; under DP set privacy.clip instead")
+        return self
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.data.sites)
+
+    @property
+    def quorum(self) -> int:
+        return self.server.quorum or len(self.data.sites)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps a site takes in the whole run."""
+        return self.rounds * self.train.local_steps
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections expanded."""
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nearest(key: str) -> str:
+    keys = known_keys()
+    match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not match:
+        leaf = key.rsplit(".", 1)[-1]
+        match = [full for full in keys if full.rsplit(".", 1)[-1] == leaf][:1]
+    return f"; did you mean `{match[0]}`?" if match else "; see docs/configuration.md for the keys"
+
+
+def _explain(error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{where}: unknown key `{key}`{_nearest(key)}")
+    if first["type"] == "missing":
+        return UserError(f"{where}: `{key}` is missing")
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return UserError(f"{where}: {f'`{key}`: ' if key else ''}{message}{shown}")
+
+
+def parse_config(values: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+    """Check a nested mapping. Raises :class:`UserError` with one line that names the key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def config_from_json(text: str, where: str = "configuration") -> RunConfig:
+    """The inverse of :meth:`RunConfig.to_json`, strict."""
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _override(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: write it as key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if key in ("model", "data.path") and isinstance(value, str) and Path(value).exists():
+        value = str(Path(value).resolve())  # what a person types is relative to where they stand
+    *parents, leaf = key.split(".")
+    if key not in known_keys() and parents[:1] != ["strategy_options"]:
+        raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {assignment}: `{parent}` is not a section")
+        node = child
+    node[leaf] = value
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a TOML file, apply ``key=value`` overrides (values in TOML; bare words are strings), check everything.
+
+    Relative ``data.path``, ``data.sites[].path`` and ``./`` model folders are taken from the file's own folder.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for assignment in overrides:
+        _override(values, assignment)
+    values.setdefault("name", path.stem)
+    return _anchor(parse_config(values, str(path)), path.resolve().parent)
+
+
+def _anchor(config: RunConfig, folder: Path) -> RunConfig:
+    def absolute(text: str) -> str:
+        return str(folder / text) if text and not Path(text).is_absolute() else text
+
+    sites = tuple(
+        site.model_copy(update={"path": absolute(site.path), "model": _model_path(site.model, folder)})
+        for site in config.data.sites
+    )
+    data = config.data.model_copy(update={"path": absolute(config.data.path), "sites": sites})
+    return config.model_copy(update={"data": data, "model": _model_path(config.model, folder)})
+
+
+def _model_path(model: str, folder: Path) -> str:
+    """A relative folder becomes absolute; package: references and hub names stay as they are."""
+    if model.startswith(("./", "../")) or (model and not model.startswith("package:") and (folder / model).is_dir()):
+        return str((folder / model).resolve())
+    return model

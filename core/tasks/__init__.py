@@ -1,0 +1,15 @@
+"""Learning problems: sequence classification, causal language modelling, image classification."""
+
+from . import causal_lm, image_classification, text_classification
+from .base import Batch, Example, Task, create_task, register
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Task",
+    "causal_lm",
+    "create_task",
+    "image_classification",
+    "register",
+    "text_classification",
+]

@@ -1,0 +1,198 @@
+"""Messages between server and site: the only file of ``core`` that knows Flower.
+
+Four records, all declared here; a record, key or metric that is not declared is refused at the receiving end, so what
+leaves a site is exactly this list.
+
+    instruction (server -> site): ``job`` (run, round, site, configuration, base-model fingerprint), ``adapter`` + ``table``
+    answer      (site -> server): ``site`` (name, round, error), ``metrics``, ``privacy``, ``adapter`` + ``table``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from .adapter import AdapterSpec, AdapterState
+from .errors import UserError, one_line
+from .packing import Table, pack, unpack
+from .update import PrivacyStatement
+
+Kind = Literal["hello", "train", "evaluate"]
+
+#: Every metric that may leave a site, by the kind of message. ``loss`` only where no privacy is promised.
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "hello": ("records", "held_out", "units", "parameters", "base_parameters", "base_bytes"),
+    "train": ("records", "steps", "loss"),
+    "evaluate": ("examples", "correct", "loss_sum"),
+}
+NEEDS_STATE = "needs-state"
+
+
+def encode_adapter(state: AdapterState, *, wire: str, whole: str | None = None, rest: str = "") -> RecordDict:
+    """``adapter`` and ``table`` records; see :func:`fedgraft.core.packing.pack`."""
+    arrays, table = pack(state, wire=wire, whole=whole, rest=rest)
+    return RecordDict(
+        {
+            "adapter": ArrayRecord({key: Array(array) for key, array in arrays.items()}),
+            "table": ConfigRecord({"json": table.to_json()}),
+        }
+    )
+
+
+def decode_table(content: RecordDict, sender: str) -> Table:
+    record = content.config_records.get("table")
+    text = record.get("json") if record is not None else None
+    if not isinstance(text, str) or len(record or ()) != 1:
+        raise UserError(f"{sender}: the message holds no adapter")
+    return Table.from_json(text, sender)
+
+
+def decode_adapter(
+    content: RecordDict,
+    spec: AdapterSpec,
+    *,
+    sender: str,
+    names: Iterable[str] | None = None,
+    held: AdapterState | None = None,
+) -> AdapterState:
+    """Strict inverse of :func:`encode_adapter`; see :func:`fedgraft.core.packing.unpack` for what is refused."""
+    table = decode_table(content, sender)
+    arrays: dict[str, np.ndarray] = {}
+    for key, array in content.array_records.get("adapter", ArrayRecord()).items():
+        try:
+            arrays[key] = array.numpy()
+        except Exception as error:
+            raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
+    return unpack(arrays, table, spec, sender=sender, names=names, held=held)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every instruction carries beside the adapter."""
+
+    run: str
+    round: int
+    site: str
+    config: str
+    fingerprint: str
+
+    def to_record(self) -> ConfigRecord:
+        return ConfigRecord({f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def decode_job(content: RecordDict) -> Job:
+    record = content.config_records.get("job")
+    if record is None:
+        raise UserError("the server's message holds no job; is the server fedgraft too?")
+    wanted = {"run": str, "round": int, "site": str, "config": str, "fingerprint": str}
+    if set(record) != set(wanted):
+        raise UserError(f"the server's job has an unknown or missing entry `{sorted(set(record) ^ set(wanted))[0]}`")
+    for key, kind in wanted.items():
+        if not isinstance(record[key], kind):
+            raise UserError(f"the server's job entry `{key}` is not a {kind.__name__}")
+    return Job(**{key: record[key] for key in wanted})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A site's answer, decoded except for the adapter (which needs the strategy's expectations)."""
+
+    site: str
+    round: int
+    error: str = ""
+    code: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    privacy: PrivacyStatement | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def encode_answer(
+    kind: Kind,
+    *,
+    site: str,
+    round: int,
+    metrics: Mapping[str, float] | None = None,
+    privacy: PrivacyStatement | None = None,
+    adapter: RecordDict | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> RecordDict:
+    """A site's answer. ``facts``: the spec digest and base-model fingerprint of a hello, both strings."""
+    undeclared = set(metrics or ()) - set(METRICS[kind])
+    if undeclared:
+        raise ValueError(f"metric {sorted(undeclared)[0]} is not declared for {kind}")
+    content = RecordDict({"site": ConfigRecord({"name": site, "round": round, "error": "", "code": ""})})
+    if metrics:
+        content["metrics"] = MetricRecord(dict(metrics))
+    if privacy is not None:
+        content["privacy"] = ConfigRecord(asdict(privacy))
+    if facts:
+        content["facts"] = ConfigRecord(dict(facts))
+    for key, record in (adapter or {}).items():
+        content[key] = record
+    return content
+
+
+def encode_refusal(error: BaseException, *, site: str, round: int, code: str = "") -> RecordDict:
+    """The answer of a site that could not do its part: one line, no traceback, nothing else."""
+    return RecordDict({"site": ConfigRecord({"name": site, "round": round, "error": one_line(error), "code": code})})
+
+
+def decode_answer(content: RecordDict, kind: Kind, sender: str) -> Answer:
+    """Check every record but the adapter. Raises :class:`UserError` that names the sender and the entry."""
+    allowed = {"site", "metrics", "privacy", "facts", "adapter", "table"}
+    unknown = sorted(set(content) - allowed)
+    if unknown:
+        raise UserError(f"{sender}: undeclared record `{unknown[0]}` in the answer")
+    record = content.config_records.get("site")
+    if record is None or set(record) != {"name", "round", "error", "code"}:
+        raise UserError(f"{sender}: the answer does not say which site it is")
+    name, number, error, code = (record[key] for key in ("name", "round", "error", "code"))
+    if not (isinstance(name, str) and isinstance(number, int) and isinstance(error, str) and isinstance(code, str)):
+        raise UserError(f"{sender}: the answer does not say which site it is")
+    metrics: dict[str, float] = {}
+    for key, value in content.metric_records.get("metrics", MetricRecord()).items():
+        if key not in METRICS[kind]:
+            raise UserError(f"{name}: undeclared metric `{key}`")
+        if isinstance(value, list) or not np.isfinite(value):
+            raise UserError(f"{name}: metric `{key}` is {value}")
+        metrics[key] = value
+    facts = {key: value for key, value in content.config_records.get("facts", ConfigRecord()).items()}
+    if set(facts) - {"spec", "fingerprint"} or not all(isinstance(value, str) for value in facts.values()):
+        raise UserError(f"{name}: undeclared fact in the answer")
+    return Answer(
+        site=name,
+        round=number,
+        error=error,
+        code=code,
+        metrics=metrics,
+        privacy=_decode_privacy(content, name),
+        facts=facts,  # type: ignore[arg-type]
+    )
+
+
+def _decode_privacy(content: RecordDict, site: str) -> PrivacyStatement | None:
+    record = content.config_records.get("privacy")
+    if record is None:
+        return None
+    defaults = asdict(PrivacyStatement(enabled=False))
+    if set(record) != set(defaults):
+        raise UserError(f"{site}: its privacy statement has an unknown or missing entry")
+    for key, default in defaults.items():
+        if not isinstance(record[key], type(default)):
+            raise UserError(f"{site}: the entry `{key}` of its privacy statement is {record[key]!r}")
+    return PrivacyStatement(**dict(record))  # type: ignore[arg-type]
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Payload of a message in bytes: array data and the JSON of everything else."""
+    total = 0
+    for arrays in content.array_records.values():
+        total += sum(len(array.data) for array in arrays.values())
+    for record in (*content.config_records.values(), *content.metric_records.values()):
+        total += len(json.dumps(dict(record), default=str))
+    return total

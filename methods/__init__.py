@@ -1,0 +1,20 @@
+"""PEFT methods: how each attaches to a base model and what its tensors mean."""
+
+from . import bitfit, ia3, layernorm, lora, prefix, prompt
+from .attach import AttachedAdapter, attach
+from .registry import Method, create_method, methods, register
+
+__all__ = [
+    "AttachedAdapter",
+    "Method",
+    "attach",
+    "bitfit",
+    "create_method",
+    "ia3",
+    "layernorm",
+    "lora",
+    "methods",
+    "prefix",
+    "prompt",
+    "register",
+]

@@ -1,0 +1,147 @@
+"""A base model with one adapter on it: what trains, how its tensors are read and written, PEFT folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+
+from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec
+from ..core.basemodel import BaseModel
+from ..core.config import MethodConfig
+from ..core.errors import UserError, one_line
+from ..core.tasks import Task
+from .registry import Method, create_method
+
+_ADAPTER = "default"
+
+
+class AttachedAdapter:
+    """A :class:`peft.PeftModel`, its :class:`AdapterSpec`, and the tensors between them.
+
+    The raw trainable ``named_parameters()`` are what is exchanged: PEFT's own ``get_peft_model_state_dict`` leaves out
+    or transforms trainables of several methods.
+    """
+
+    def __init__(self, model: PeftModel, spec: AdapterSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self._parameters = {name: p for name, p in model.named_parameters() if name in spec.by_name}
+
+    def adopt(self, spec: AdapterSpec) -> None:
+        """Take over the policies of ``spec``: frozen tensors stop training."""
+        self.spec = spec
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(spec.by_name[name].policy != "freeze")
+
+    def trainables(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that train now, by name, in order."""
+        return {name: p for name, p in self._parameters.items() if p.requires_grad}
+
+    def read(self, names: Iterable[str] | None = None) -> AdapterState:
+        """A snapshot of the adapter's tensors (all, or ``names``)."""
+        order = self.spec.names if names is None else tuple(names)
+        tensors: dict[str, np.ndarray] = {}
+        for name in order:
+            want = getattr(torch, self.spec.by_name[name].dtype)
+            tensors[name] = self._parameters[name].detach().to("cpu", want, copy=True).numpy()
+            tensors[name].flags.writeable = False
+        return AdapterState(self.spec, tensors, names=order)
+
+    def write(self, state: AdapterState) -> None:
+        """Copy a full state into the model, in place, so that optimizers and hooks keep their parameters."""
+        if tuple(state) != self.spec.names:
+            missing = sorted(set(self.spec.names) ^ set(state))
+            raise UserError(f"the state is not the whole adapter: {missing[0] if missing else 'order'}")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                array = state[name]
+                # torch will not wrap read-only memory; the copy below never writes to it.
+                source = torch.from_numpy(array.copy() if not array.flags.writeable else array)
+                parameter.copy_(source)
+
+    def save_peft(self, folder: str | Path, state: AdapterState) -> Path:
+        """Write ``state`` as a PEFT adapter folder that ``PeftModel.from_pretrained`` loads."""
+        self.write(state)
+        self.model.save_pretrained(str(folder))
+        return Path(folder)
+
+    def load_peft(self, folder: str | Path) -> AdapterState:
+        """Read a PEFT adapter folder of the same method into the model and return its state.
+
+        Raises :class:`UserError` that names the folder when its method, rank or tensors do not fit.
+        """
+        folder = Path(folder)
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            weights = load_peft_weights(str(folder), device="cpu")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a PEFT adapter folder: {one_line(error)[:200]}") from None
+        own = self.model.peft_config[_ADAPTER]
+        if config.peft_type != own.peft_type:
+            raise UserError(f"{folder}: holds a {config.peft_type} adapter, this run trains {own.peft_type}")
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+            if getattr(config, key, None) != getattr(own, key, None):
+                raise UserError(
+                    f"{folder}: its {key} is {getattr(config, key, None)}, this run's is {getattr(own, key, None)}"
+                )
+        before = {name: parameter._version for name, parameter in self._parameters.items()}
+        try:
+            report = set_peft_model_state_dict(self.model, weights)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: its tensors do not fit the base model: {one_line(error)[:200]}") from None
+        unexpected = sorted(report.unexpected_keys)
+        untouched = sorted(name for name, p in self._parameters.items() if p._version == before[name])
+        if unexpected or untouched:
+            raise UserError(f"{folder}: tensor {(unexpected or untouched)[0]} does not fit the adapter of this run")
+        return self.read()
+
+
+def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> AttachedAdapter:
+    """Put a fresh adapter on ``base`` (in place), drawn from ``seed``, and describe its tensors.
+
+    Raises :class:`UserError` when the method does not fit the model or would train nothing.
+    """
+    method = create_method(config.name)
+    peft_config = method.configure(config, task, base)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = get_peft_model(base.model, peft_config)
+    except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"method {config.name} does not fit {type(base.model).__name__}: {one_line(error)}") from None
+    if method.prepare:
+        method.prepare(model)
+    spec = _describe(model, method, config)
+    if not any(tensor.role != "head" for tensor in spec.tensors):
+        raise UserError(f"method {config.name} would train nothing in {type(base.model).__name__} but the head")
+    model.eval()
+    return AttachedAdapter(model, spec)
+
+
+def _describe(model: PeftModel, method: Method, config: MethodConfig) -> AdapterSpec:
+    tensors = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role, averaging = method.meaning(name)
+            dtype = "float64" if parameter.dtype == torch.float64 else "float32"
+            tensors.append(TensorSpec(name, tuple(parameter.shape), dtype, role, averaging))
+    names = {tensor.name for tensor in tensors}
+    pairs = []
+    for name, module in model.named_modules():
+        a, b = f"{name}.lora_A.{_ADAPTER}.weight", f"{name}.lora_B.{_ADAPTER}.weight"
+        if isinstance(module, LoraLayer) and a in names and b in names:
+            flipped = bool(getattr(module, "fan_in_fan_out", False))
+            pairs.append(LowRankPair(a, b, float(module.scaling[_ADAPTER]), flipped))
+    return AdapterSpec(
+        method=method.name,
+        tensors=tuple(tensors),
+        pairs=tuple(pairs),
+        rank=config.rank if method.uses_rank else None,
+        alpha=config.alpha if method.uses_rank else None,
+    )

@@ -1,0 +1,66 @@
+"""LoRA, rsLoRA and DoRA: dW = scaling * B A beside a frozen linear layer."""
+
+from __future__ import annotations
+
+from peft import LoraConfig
+
+from ..core.adapter import Averaging
+from ..core.basemodel import BaseModel
+from ..core.config import MethodConfig
+from ..core.tasks import Task
+from .registry import Method, attention_targets, register
+
+
+def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: object) -> LoraConfig:
+    return LoraConfig(
+        task_type=task.peft_type or None,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=attention_targets(base.model, config),
+        layers_to_transform=list(config.layers) or None,
+        modules_to_save=list(base.head) or None,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def lora_meaning(name: str) -> tuple[str, Averaging]:
+    for role in ("lora_A", "lora_B"):
+        if f".{role}." in name:
+            return role, "product"
+    if "lora_magnitude_vector" in name:
+        return "magnitude", "nonlinear"
+    return "head", "nonlinear"
+
+
+register(
+    Method(
+        name="lora",
+        summary="dW = (alpha / r) B A",
+        source="Hu et al. 2021, arXiv 2106.09685",
+        configure=lora_config,
+        meaning=lora_meaning,
+        uses_rank=True,
+    )
+)
+register(
+    Method(
+        name="rslora",
+        summary="dW = (alpha / sqrt(r)) B A, stable at large ranks",
+        source="Kalajdzievski 2023, arXiv 2312.03732",
+        configure=lambda config, task, base: lora_config(config, task, base, use_rslora=True),
+        meaning=lora_meaning,
+        uses_rank=True,
+    )
+)
+register(
+    Method(
+        name="dora",
+        summary="W + dW with its column norms trained apart (magnitude and direction)",
+        source="Liu et al. 2024, arXiv 2402.09353",
+        configure=lambda config, task, base: lora_config(config, task, base, use_dora=True),
+        meaning=lora_meaning,
+        uses_rank=True,
+        dp="refused: no exact per-sample gradient of the magnitude vector",
+    )
+)

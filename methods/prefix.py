@@ -1,0 +1,38 @@
+"""Prefix tuning: trained keys and values before the text, in every attention layer."""
+
+from __future__ import annotations
+
+from peft import PrefixTuningConfig
+
+from ..core.adapter import Averaging
+from ..core.basemodel import BaseModel
+from ..core.config import MethodConfig
+from ..core.errors import UserError
+from ..core.tasks import Task
+from .registry import Method, register
+
+
+def needs_text(task: Task, method: str) -> None:
+    """Raise :class:`UserError` unless the task's inputs are tokens."""
+    if not task.peft_type:
+        raise UserError(f"{method} puts virtual tokens before a text; {task.name} has none")
+
+
+def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PrefixTuningConfig:
+    needs_text(task, "prefix tuning")
+    return PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=config.virtual_tokens)
+
+
+def virtual_token_meaning(name: str) -> tuple[str, Averaging]:
+    return ("prompt", "nonlinear") if name.startswith("prompt_encoder.") else ("head", "nonlinear")
+
+
+register(
+    Method(
+        name="prefix",
+        summary="virtual keys and values in every attention layer",
+        source="Li and Liang 2021, arXiv 2101.00190; Liu et al. 2022 (P-tuning v2), arXiv 2110.07602",
+        configure=_configure,
+        meaning=virtual_token_meaning,
+    )
+)

@@ -1,0 +1,121 @@
+"""What was spent: the privacy loss of Poisson-subsampled Gaussian steps, by privacy loss distributions.
+
+Google's dp-accounting composes the steps numerically (Doroshenko et al. 2022, "connect the dots"), pessimistically:
+the epsilon reported is an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import dp_accounting
+from dp_accounting import pld
+from dp_accounting.mechanism_calibration import ExplicitBracketInterval
+
+from ..core.errors import UserError
+
+#: More noise than this per step leaves nothing to learn from; a plan that needs more is refused.
+MAX_NOISE = 100.0
+_GRID = 1e-3
+
+
+@dataclass(frozen=True, order=True)
+class Event:
+    """``steps`` releases of a Gaussian sum with noise std ``noise_multiplier`` times the clip, each over a Poisson
+    sample of the privacy units at ``sampling_rate``."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier > 0:
+            raise ValueError("the noise multiplier must be positive")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError("the sampling rate must be in (0, 1]")
+        if self.steps < 1:
+            raise ValueError("an event has at least one step")
+
+
+def merged(events: tuple[Event, ...]) -> tuple[Event, ...]:
+    """Equal mechanisms added up, sorted: composition does not depend on the order."""
+    total: dict[tuple[float, float], int] = {}
+    for event in events:
+        key = (event.noise_multiplier, event.sampling_rate)
+        total[key] = total.get(key, 0) + event.steps
+    return tuple(sorted(Event(noise, rate, steps) for (noise, rate), steps in total.items()))
+
+
+def _accountant() -> pld.PLDAccountant:
+    return pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_GRID)
+
+
+def _dp_event(event: Event) -> dp_accounting.DpEvent:
+    step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+    if event.sampling_rate < 1:
+        step = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, step)
+    return dp_accounting.SelfComposedDpEvent(step, event.steps)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(events: tuple[Event, ...], delta: float) -> float:
+    accountant = _accountant()
+    for event in events:
+        accountant.compose(_dp_event(event))
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon(events: tuple[Event, ...], delta: float) -> float:
+    """The epsilon that all ``events`` together spend at ``delta``.
+
+    Guarantee
+    ---------
+    Adding or removing one privacy unit changes the distribution of everything the events released by at most
+    (epsilon, delta). Trusted: the site alone. Formula: composition of the privacy loss distributions of Poisson-
+    subsampled Gaussians, both directions of add/remove, discretised pessimistically at 1e-3.
+    """
+    return _epsilon(merged(events), delta) if events else 0.0
+
+
+@lru_cache(maxsize=1024)
+def calibrate_noise(
+    target: float, delta: float, sampling_rate: float, steps: int, spent: tuple[Event, ...] = ()
+) -> float:
+    """The least noise multiplier (to 1e-3) for ``steps`` more steps so that they and ``spent`` stay within ``target``.
+
+    Raises :class:`UserError` when no noise up to :data:`MAX_NOISE` does.
+
+    Guarantee
+    ---------
+    ``epsilon(spent + (Event(result, sampling_rate, steps),), delta) <= target``; see :func:`epsilon`.
+    """
+
+    def after(noise: float) -> float:
+        return epsilon((*spent, Event(noise, sampling_rate, steps)), delta)
+
+    upper = 0.5
+    while upper > 0.1 and after(upper / 2) <= target:
+        upper /= 2
+    while after(upper) > target:
+        upper *= 2
+        if upper > MAX_NOISE:
+            least = after(MAX_NOISE)
+            if least <= target:
+                break
+            raise UserError(
+                f"privacy.epsilon {target:g} at delta {delta:g} cannot be reached in {steps} steps at sampling rate "
+                f"{sampling_rate:.3g}{' after what was already spent' if spent else ''}: even noise {MAX_NOISE:g} gives "
+                f"{least:.3g}; use fewer rounds or steps, a smaller batch, more data, or a larger epsilon"
+            )
+    found = dp_accounting.calibrate_dp_mechanism(
+        _accountant,
+        lambda noise: dp_accounting.ComposedDpEvent(
+            [_dp_event(event) for event in (*merged(spent), Event(noise, sampling_rate, steps))]
+        ),
+        target,
+        delta,
+        ExplicitBracketInterval(upper / 2, upper),
+        tol=1e-3,
+    )
+    return float(found)

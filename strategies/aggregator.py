@@ -1,0 +1,127 @@
+"""The seam of a strategy: what a method author writes, what it declares, and how it is found by name."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..core.adapter import AdapterState
+from ..core.errors import UserError
+from ..core.update import Update
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a strategy declares of itself, so that impossible combinations are refused before a run.
+
+    ``linear_sum``: the result is a weighted sum of the updates, so it works under a secure sum; ``needs_individual``:
+    it must see single updates; ``touches_base``: it changes the base model; ``resets_state``: it changes the
+    parameterisation, so that optimizer moments become meaningless; ``heterogeneous_ranks``: sites may differ in rank;
+    ``exact``: the aggregated dW equals the weighted mean of the sites' dW.
+    """
+
+    linear_sum: bool = False
+    needs_individual: bool = False
+    touches_base: bool = False
+    resets_state: bool = False
+    heterogeneous_ranks: bool = False
+    exact: bool = False
+
+
+class Options(BaseModel):
+    """Typed options of a strategy; subclass it and name the subclass in ``Aggregator.Options``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Aggregator(ABC):
+    """One aggregation rule. A subclass needs :meth:`add` and :meth:`result`; the rest has working defaults.
+
+    A round is: :meth:`start_round`, then :meth:`add` for each update as it comes, in the order of the sites' names, then
+    :meth:`result`. Updates hold the tensors whose policy is ``share``. Nothing else may be kept of them than what
+    the equation needs, so that memory does not grow with the number of sites.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    def prepare(self, initial: AdapterState) -> AdapterState:
+        """The adapter that the federation starts from: its values, and its tensors' policies."""
+        return initial
+
+    def for_site(self, state: AdapterState, site: str) -> AdapterState:
+        """What this site receives of the global ``state``."""
+        return state
+
+    def start_round(self, state: AdapterState) -> None:
+        """Forget the last round; ``state`` is the global adapter that the sites train from."""
+
+    @abstractmethod
+    def add(self, update: Update) -> None:
+        """Take in one site's update."""
+
+    @abstractmethod
+    def result(self) -> AdapterState:
+        """The next global adapter: at least the shared tensors; frozen ones are kept from the last."""
+
+    def memory(self) -> Mapping[str, AdapterState]:
+        """What must survive a restart between rounds (moments, control variates), by name."""
+        return {}
+
+    def recall(self, memory: Mapping[str, AdapterState]) -> None:
+        """The inverse of :meth:`memory`."""
+
+
+A = TypeVar("A", bound=type[Aggregator])
+_STRATEGIES: dict[str, type[Aggregator]] = {}
+_GROUP = "fedgraft.strategies"
+
+
+def strategy(name: str) -> Callable[[A], A]:
+    """Class decorator: make an :class:`Aggregator` available as ``strategy = "name"``."""
+
+    def add(cls: A) -> A:
+        known = _STRATEGIES.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"a strategy called {name} is registered already, by {known.__module__}")
+        cls.name = name
+        _STRATEGIES[name] = cls
+        return cls
+
+    return add
+
+
+def strategies() -> dict[str, type[Aggregator]]:
+    """All strategies by name: the built-in ones and those that installed packages offer."""
+    for entry in entry_points(group=_GROUP):
+        if entry.name not in _STRATEGIES:
+            strategy(entry.name)(entry.load())
+    return dict(sorted(_STRATEGIES.items()))
+
+
+def create_aggregator(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
+    """The strategy called ``name`` with ``options`` checked. Raises :class:`UserError` in one line."""
+    known = strategies()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"unknown strategy `{name}`; {hint}")
+    cls = known[name]
+    try:
+        return cls(cls.Options.model_validate(dict(options or {})))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"strategy_options.{key}: {first['msg']} (strategy `{name}`)") from None

@@ -1,0 +1,71 @@
+"""Averages of adapter tensors: one running sum, whatever the number of sites."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.adapter import AdapterState, explain_shape
+from ..core.errors import UserError
+from ..core.update import Update
+from .aggregator import Aggregator, Capabilities, strategy
+
+
+class RunningMean:
+    """A weighted mean of adapter states that holds one running sum, in float64, whatever the number of sites.
+
+    ``add(state, w)`` then ``result()`` gives sum w_k theta_k / sum w_k. Raises :class:`UserError` for a weight that is
+    not positive and finite, a non-finite tensor, or tensors that differ from the first state's.
+    """
+
+    def __init__(self) -> None:
+        self._sum: dict[str, np.ndarray] = {}
+        self._first: AdapterState | None = None
+        self.weight = 0.0
+
+    def add(self, state: AdapterState, weight: float) -> None:
+        if not np.isfinite(weight) or weight <= 0:
+            raise UserError(f"the weight of an update is {weight}; it must be a positive number")
+        state.require_finite()
+        if self._first is None:
+            self._first = state
+            self._sum = {name: np.zeros(array.shape) for name, array in state.items()}
+        elif tuple(state) != tuple(self._first):
+            raise UserError("two updates differ in their tensors")
+        for name, array in state.items():
+            if array.shape != self._sum[name].shape:
+                raise UserError(explain_shape(name, array.shape, self._sum[name].shape))
+            # numpy multiplies a float32 array by a float scalar in float32: widen first.
+            self._sum[name] += array.astype(np.float64) * weight
+        self.weight += weight
+
+    def result(self) -> AdapterState:
+        if self._first is None:
+            raise UserError("no update arrived: there is nothing to average")
+        first, total = self._first, self.weight
+        return AdapterState(
+            first.spec,
+            {name: (self._sum[name] / total).astype(first[name].dtype) for name in first},
+            names=tuple(first),
+        )
+
+
+@strategy("fedit")
+class FedIT(Aggregator):
+    """Average every tensor: A = sum p_k A_k, B = sum p_k B_k, with p_k = w_k / sum w.
+
+    The hard baseline when its learning rate is tuned. Not exact for low-rank factors: mean(B) mean(A) is not
+    mean(B A). Source: Zhang et al. 2024, "Towards Building the Federated GPT", arXiv 2305.05644.
+    """
+
+    summary = "A = sum p_k A_k, B = sum p_k B_k"
+    source = "Zhang et al. 2024, arXiv 2305.05644"
+    capabilities = Capabilities(linear_sum=True)
+
+    def start_round(self, state: AdapterState) -> None:
+        self._mean = RunningMean()
+
+    def add(self, update: Update) -> None:
+        self._mean.add(update.state, update.weight)
+
+    def result(self) -> AdapterState:
+        return self._mean.result()
