@@ -1,8 +1,58 @@
-"""What every test shares: quiet libraries, one thread a core, tiny models built on the spot."""
+"""What every test shares: quiet libraries, one thread (tiny models gain nothing from more), tiny models on the spot."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tinymodels() -> ModuleType:
+    """The module `tests/tinymodels.py`, which no test can import by name: its words, sizes, tokenizers and builders."""
+    spec = importlib.util.spec_from_file_location("tinymodels", Path(__file__).with_name("tinymodels.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tinymodels: ModuleType) -> Callable[..., str]:
+    """``tiny_model(family, task="sequence-classification")``: the folder of a tiny untrained model.
+
+    Families: bert, roberta, gpt2, llama, t5, vit. Built once a session: copy the folder before changing it.
+    """
+    built: dict[tuple[str, str], str] = {}
+
+    def folder(family: str, task: str = "sequence-classification") -> str:
+        if (family, task) not in built:
+            path = tmp_path_factory.mktemp(f"{family}-{task}-")
+            tinymodels.build(path, family, task)
+            built[family, task] = str(path)
+        return built[family, task]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tinymodels: ModuleType) -> Callable[[int, int], str]:
+    """``tiny_text(words, seed)``: a text of that many words that the tiny tokenizers know."""
+
+    def text(words: int, seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        at = torch.randint(len(tinymodels.WORDS), (words,), generator=generator)
+        return " ".join(tinymodels.WORDS[i] for i in at)
+
+    return text
