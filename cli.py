@@ -1,0 +1,208 @@
+"""The `fedgraft` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .core.errors import UserError
+
+app = typer.Typer(
+    name="fedgraft",
+    help="Federated, differentially private, parameter-efficient fine-tuning on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+USER_ERROR = 2
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error and exit code 2."""
+    # Telemetry and chatter of the libraries have no place in a hospital's terminal.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    # What a site logs reaches the terminal through the run's own messages.
+    logging.getLogger("fedgraft.site").addHandler(logging.NullHandler())
+    logging.getLogger("fedgraft.site").propagate = False
+    try:
+        app()
+    except UserError as error:
+        print(f"fedgraft: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("fedgraft: stopped; a run that had begun can be resumed with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    config: Annotated[str, typer.Argument(help="A TOML file, or a scenario that comes with fedgraft.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as you like.")] = None,
+    engine: Annotated[str, typer.Option(help="inprocess, or flower (Flower's simulation runtime).")] = "inprocess",
+    output: Annotated[Path | None, typer.Option(help="The run directory (default: runs/NAME-DATE-TIME).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from .simulations import run as runs
+    from .simulations.display import Live, closing_lines, final_table
+    from .simulations.scenario import load_scenario
+
+    if engine not in ("inprocess", "flower"):
+        raise UserError(f"unknown engine `{engine}`; there are inprocess and flower")
+    console = Console(stderr=True)
+    if resume is not None:
+        settings, rounds = _resumed_config(resume, config, overrides or [], output)
+    elif config:
+        settings, rounds = load_scenario(config, overrides or []), None
+    else:
+        raise UserError("say what to run: a configuration file, a scenario such as hospitals-icd10, or --resume DIR")
+    with Live(console, settings) as live:
+        if resume is not None:
+            result = runs.resume(resume, rounds=rounds, engine=engine, watch=live)  # type: ignore[arg-type]
+        else:
+            result = runs.simulate(settings, output, engine=engine, watch=live)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(_as_json(result)))
+        return
+    out = Console()
+    out.print(final_table(result))
+    for line in closing_lines(result):
+        out.print(line, soft_wrap=True, highlight=False)
+
+
+def _resumed_config(folder: Path, config: str, overrides: list[str], output: Path | None) -> tuple[Any, int | None]:
+    """A run goes on as it was begun; only its number of rounds may change."""
+    from .core.config import config_from_json
+    from .server.rundir import read_run
+    from .simulations.scenario import load_scenario
+
+    if output is not None:
+        raise UserError("--resume goes on in its own directory; leave out --output")
+    before = config_from_json(json.dumps(read_run(folder)["config"]), f"{folder}/run.json")
+    changes = {"rounds": before.rounds}
+    if config:
+        given = load_scenario(config, overrides)
+        changes["rounds"] = given.rounds
+        for key, value in given.model_dump(mode="json").items():
+            if key not in ("rounds", "name") and value != before.model_dump(mode="json")[key]:
+                raise UserError(f"--resume {folder}: the run was begun with another `{key}`; only rounds may change")
+    elif overrides:
+        for assignment in overrides:
+            key, _, value = assignment.partition("=")
+            if key.strip() != "rounds" or not value.strip().isdigit():
+                raise UserError(f"--resume with --set {assignment}: only rounds=NUMBER may change")
+            changes["rounds"] = int(value)
+    return before.model_copy(update=changes), changes["rounds"]
+
+
+def _as_json(run: dict[str, Any]) -> dict[str, Any]:
+    keep = (
+        "run",
+        "name",
+        "engine",
+        "digest",
+        "accuracy",
+        "loss",
+        "rounds",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+        "warnings",
+    )
+    sites = {
+        name: {
+            key: site[key] for key in ("records", "units", "epsilon", "delta", "unit", "accuracy", "accuracy_before")
+        }
+        for name, site in run["sites"].items()
+    }
+    return {
+        **{key: run[key] for key in keep},
+        "strategy": run["strategy"]["name"],
+        "method": run["method"]["name"],
+        "bytes_full_model": run["bytes_full_model"],
+        "sites": sites,
+        "adapter": run["adapter_path"],
+        "report": run["report_path"],
+    }
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html anew."""
+    from .server.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the aggregation strategies."""
+    from dataclasses import asdict
+
+    from .strategies import strategies as known
+
+    rows = [
+        {"name": name, "summary": cls.summary, "source": cls.source, "capabilities": asdict(cls.capabilities)}
+        for name, cls in known().items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("name", "rule", "exact", "secure sum", "source")
+    for row in rows:
+        can: dict[str, bool] = row["capabilities"]  # type: ignore[assignment]
+        table.add_row(row["name"], row["summary"], _yes(can["exact"]), _yes(can["linear_sum"]), row["source"])  # type: ignore[arg-type]
+    Console().print(table)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the PEFT methods, and which train with differential privacy."""
+    from .methods import methods as known
+
+    rows = [{"name": m.name, "summary": m.summary, "source": m.source, "dp": m.dp} for m in known()]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("name", "what trains", "with privacy", "source")
+    for row in rows:
+        table.add_row(row["name"], row["summary"], row["dp"], row["source"])
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, device, offline assets, and that privacy works on this machine."""
+    from .simulations.doctor import checks
+
+    table = Table("check", "", "found")
+    failed = 0
+    for name, good, found in checks():
+        failed += not good
+        table.add_row(name, "[green]ok[/]" if good else "[red]no[/]", found)
+    Console().print(table)
+    if failed:
+        raise UserError(f"{failed} of the checks failed")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,1 @@
+"""What runs at a site: its data, its training under its own privacy plan, its evaluation, and its Flower ClientApp."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from .errors import NonFiniteError, UserError
 Policy = Literal["share", "freeze", "local"]
 Averaging = Literal["linear", "product", "nonlinear"]
 _DTYPES = ("float32", "float64")
+_METADATA = "fedgraft"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class TensorSpec:
     averaging: Averaging = "nonlinear"
     policy: Policy = "share"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a tensor is called {self.name!r}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not all(type(n) is int and n >= 0 for n in self.shape):
+            raise ValueError(f"tensor {self.name}: {self.shape} is not a shape")
+        choices = {"dtype": _DTYPES, "averaging": get_args(Averaging), "policy": get_args(Policy)}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"tensor {self.name}: {key} {getattr(self, key)} is not one of {', '.join(allowed)}")
+
     @property
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
@@ -61,6 +73,9 @@ class LowRankPair:
     scaling: float
     fan_in_fan_out: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaling", float(self.scaling))
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -71,20 +86,22 @@ class AdapterSpec:
     pairs: tuple[LowRankPair, ...] = ()
     rank: int | None = None
     alpha: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         names = [tensor.name for tensor in self.tensors]
         if len(set(names)) != len(names):
             raise ValueError("two tensors of an adapter have the same name")
-        for tensor in self.tensors:
-            if tensor.dtype not in _DTYPES:
-                raise ValueError(f"tensor {tensor.name}: dtype {tensor.dtype} is not one of {', '.join(_DTYPES)}")
+        if not isinstance(self.method, str) or not (self.rank is None or type(self.rank) is int):
+            raise ValueError(f"method {self.method!r} of rank {self.rank!r}")
         known = set(names)
         for pair in self.pairs:
             if pair.a not in known or pair.b not in known:
                 raise ValueError(f"the pair {pair.a}, {pair.b} names a tensor that the adapter does not have")
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        # As JSON gives them back: a description must equal itself after a file or the wire (16 and 16.0 differ there).
+        options = json.loads(json.dumps(dict(self.options)))
+        object.__setattr__(self, "options", MappingProxyType(options))
+        object.__setattr__(self, "alpha", None if self.alpha is None else float(self.alpha))
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorSpec]:
@@ -125,10 +142,10 @@ class AdapterSpec:
                 rank=values["rank"],
                 alpha=values["alpha"],
                 options=values["options"],
-                tensors=tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]),
+                tensors=tuple(TensorSpec(**tensor) for tensor in values["tensors"]),
                 pairs=tuple(LowRankPair(**pair) for pair in values["pairs"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"not an adapter description: {error!r}") from None
 
     @cached_property
@@ -157,6 +174,8 @@ class AdapterState(Mapping[str, np.ndarray]):
     """
 
     __slots__ = ("_digest", "_tensors", "spec")
+    # A NumPy scalar on the left of `*` leaves the product to this class.
+    __array_ufunc__ = None
 
     def __init__(
         self, spec: AdapterSpec, tensors: Mapping[str, np.ndarray], *, names: Iterable[str] | None = None
@@ -175,8 +194,8 @@ class AdapterState(Mapping[str, np.ndarray]):
                 raise UserError(explain_shape(name, array.shape, want.shape))
             if array.dtype.name != want.dtype:
                 raise UserError(f"tensor {name} is {array.dtype.name}, expected {want.dtype}")
-            if array.flags.writeable:
-                array = array.copy()
+            if _changeable(array) or not array.dtype.isnative:
+                array = array.astype(want.dtype)
                 array.flags.writeable = False
             held[name] = array
         self.spec = spec
@@ -238,13 +257,16 @@ class AdapterState(Mapping[str, np.ndarray]):
             names=tuple(self),
         )
 
-    def _combine(self, other: AdapterState, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> AdapterState:
+    def _require_alike(self, other: AdapterState) -> None:
         if tuple(self) != tuple(other):
-            odd = next(iter(set(self) ^ set(other)), "the order")
+            odd = min(set(self) ^ set(other), default="the order")
             raise UserError(f"two adapters differ in their tensors: {odd}")
         for name in self:
             if self[name].shape != other[name].shape:
                 raise UserError(explain_shape(name, other[name].shape, self[name].shape))
+
+    def _combine(self, other: AdapterState, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> AdapterState:
+        self._require_alike(other)
         return AdapterState(
             self.spec,
             {name: function(self[name], other[name]).astype(self[name].dtype) for name in self},
@@ -258,14 +280,14 @@ class AdapterState(Mapping[str, np.ndarray]):
         return self._combine(other, np.subtract)
 
     def __mul__(self, factor: float) -> AdapterState:
-        return self.map(lambda array: array * factor)
+        # A plain float would be rounded to the tensors' dtype before the product.
+        return self.map(lambda array: array * np.float64(factor))
 
     __rmul__ = __mul__
 
     def dot(self, other: AdapterState) -> float:
         """Inner product over all tensors, accumulated in float64."""
-        if tuple(self) != tuple(other):
-            raise UserError("two adapters differ in their tensors")
+        self._require_alike(other)
         return float(sum(np.vdot(self[n].astype(np.float64), other[n].astype(np.float64)) for n in self))
 
     def norm(self) -> float:
@@ -285,11 +307,17 @@ class AdapterState(Mapping[str, np.ndarray]):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the spec travels in its metadata."""
+        description = self.spec.to_json()
         save_file(
-            {name: np.ascontiguousarray(array) for name, array in self.items()},
+            {name: np.asarray(array, order="C") for name, array in self.items()},
             Path(path),
-            metadata={"fedgraft.spec": self.spec.to_json(), "fedgraft.digest": self.digest},
+            # One entry: safetensors writes several in no fixed order, and equal states shall be equal files.
+            metadata={_METADATA: json.dumps({"spec": description, "checksum": self._checksum(description)})},
         )
+
+    def _checksum(self, description: str) -> str:
+        """SHA-256 over what the tensors are and what they hold."""
+        return hashlib.sha256(f"{description}|{self.digest}".encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> AdapterState:
@@ -297,17 +325,31 @@ class AdapterState(Mapping[str, np.ndarray]):
         path = Path(path)
         try:
             with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                if "fedgraft.spec" not in metadata:
-                    raise UserError(f"{path}: a safetensors file, but not one of fedgraft's")
-                spec = AdapterSpec.from_json(metadata["fedgraft.spec"])
+                metadata = (file.metadata() or {}).get(_METADATA)
+                if metadata is None:
+                    raise UserError("a safetensors file, but not one of fedgraft's")
+                values = json.loads(metadata)
+                description, checksum = values["spec"], values["checksum"]
+                spec = AdapterSpec.from_json(description)
                 held = set(file.keys())
                 names = [name for name in spec.names if name in held]
                 state = cls(spec, {name: file.get_tensor(name) for name in held}, names=names)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: not a whole safetensors file: {error}") from None
-        if state.digest != metadata.get("fedgraft.digest"):
+        if state._checksum(description) != checksum:
             raise UserError(f"{path}: the content does not match its checksum")
         return state
+
+
+def _changeable(array: np.ndarray) -> bool:
+    """Whether somebody can still write to the memory of ``array``, through it or through the array it is a view of."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return True
+        base = base.base
+    return False

@@ -19,11 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UserError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of the configuration: immutable, and without undeclared keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def to_json(self) -> str:
+        return self.model_dump_json()
 
-class MethodConfig(_Section):
+
+class MethodConfig(Section):
     """Which PEFT method, and how large."""
 
     name: str = "lora"
@@ -35,7 +40,7 @@ class MethodConfig(_Section):
     virtual_tokens: int = Field(20, ge=1, description="length of a prefix or prompt")
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """What is learned, and what an example looks like."""
 
     name: str = "sequence-classification"
@@ -43,7 +48,7 @@ class TaskConfig(_Section):
     max_length: int = Field(64, ge=2, description="tokens kept of a text")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The local optimiser of a site."""
 
     local_steps: int = Field(6, ge=1, description="optimiser steps a site takes in a round")
@@ -64,7 +69,7 @@ class TrainConfig(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
 
-class PrivacyConfig(_Section):
+class PrivacyConfig(Section):
     """The promise to the people in the data. On unless switched off by name."""
 
     enabled: bool = True
@@ -76,7 +81,7 @@ class PrivacyConfig(_Section):
     seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """Rounds and the wire."""
 
     quorum: int = Field(0, ge=0, description="sites that must answer in a round; 0: all")
@@ -86,7 +91,7 @@ class ServerConfig(_Section):
     keep_checkpoints: int = Field(3, ge=1)
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """Local evaluation on each site's held-out records."""
 
     every: int = Field(1, ge=0, description="evaluate after every n-th round; 0: only before and after the run")
@@ -96,15 +101,16 @@ class EvaluateConfig(_Section):
     )
 
 
-class SiteConfig(_Section):
+class SiteConfig(Section):
     """One site: its name and, when the data lie in one file a site, the path."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     path: str = ""
     model: str = Field("", description="another base model than the run's; refused by the fingerprint check")
+    rank: int = Field(0, ge=0, description="another rank than method.rank, for strategies that mix ranks; 0: the same")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the records come from and how a simulation deals them to the sites."""
 
     source: str = Field("files", description="files, or a built-in source such as icd10")
@@ -136,7 +142,7 @@ class DataConfig(_Section):
         return tuple(sorted(sites, key=lambda site: site.name))
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run."""
 
     name: str = Field("", description="what to call the run; empty: the configuration's file name")
@@ -145,6 +151,7 @@ class RunConfig(_Section):
     strategy: str = "fedit"
     strategy_options: dict[str, Any] = Field(default_factory=dict)
     model: str = Field(description="package:NAME/FOLDER, a local folder, or a hub name")
+    start_from: str = Field("", description="a PEFT adapter folder to start from; empty: a fresh adapter")
     method: MethodConfig = MethodConfig()
     task: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig()
@@ -161,6 +168,9 @@ class RunConfig(_Section):
             raise ValueError("train.max_grad_norm clips the batch gradient; under DP set privacy.clip instead")
         return self
 
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
     @property
     def site_names(self) -> tuple[str, ...]:
         return tuple(site.name for site in self.data.sites)
@@ -173,9 +183,6 @@ class RunConfig(_Section):
     def total_steps(self) -> int:
         """Optimiser steps a site takes in the whole run."""
         return self.rounds * self.train.local_steps
-
-    def to_json(self) -> str:
-        return self.model_dump_json()
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""
@@ -241,7 +248,7 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if key in ("model", "data.path") and isinstance(value, str) and Path(value).exists():
+    if key in ("model", "data.path", "start_from") and isinstance(value, str) and Path(value).exists():
         value = str(Path(value).resolve())  # what a person types is relative to where they stand
     *parents, leaf = key.split(".")
     if key not in known_keys() and parents[:1] != ["strategy_options"]:
@@ -256,19 +263,23 @@ def _override(values: dict[str, Any], assignment: str) -> None:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a TOML file, apply ``key=value`` overrides (values in TOML; bare words are strings), check everything.
+    """Read a TOML (or JSON) file, apply ``key=value`` overrides (values in TOML; bare words are strings), check everything.
 
     Relative ``data.path``, ``data.sites[].path`` and ``./`` model folders are taken from the file's own folder.
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise UserError(f"{path}: not valid {kind}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     for assignment in overrides:
         _override(values, assignment)
     values.setdefault("name", path.stem)
@@ -284,7 +295,13 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
         for site in config.data.sites
     )
     data = config.data.model_copy(update={"path": absolute(config.data.path), "sites": sites})
-    return config.model_copy(update={"data": data, "model": _model_path(config.model, folder)})
+    return config.model_copy(
+        update={
+            "data": data,
+            "model": _model_path(config.model, folder),
+            "start_from": absolute(config.start_from),
+        }
+    )
 
 
 def _model_path(model: str, folder: Path) -> str:

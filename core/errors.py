@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000
+
+
+def _printable(text: object) -> str:
+    """``text`` on one line, without control characters, shortened in the middle: its end says the mend."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return line
+
 
 class UserError(Exception):
     """A mistake in what the user supplied. Its text is one line that names the thing and says the mend.
 
     The command line prints it without a traceback and exits with 2; a site sends it to the server as its answer.
+    Names in it may come from the other end of the wire, so it never holds a line break or a control character, and
+    is never long.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_printable(text))
+
+
+class PrivateError(UserError):
+    """A mistake in a site's data. Its text may quote records, so it is shown at the site and never sent."""
 
 
 class NonFiniteError(UserError):
@@ -16,5 +36,7 @@ class NonFiniteError(UserError):
 
 def one_line(error: BaseException) -> str:
     """The text of ``error`` on one line, prefixed by its type when it is not a :class:`UserError`."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    text = _printable(error)
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

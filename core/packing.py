@@ -4,8 +4,8 @@ Every array of a message costs Flower two objects and as many requests, so an ad
 table of contents. Decoding trusts nothing: the table must list exactly the expected tensors, in order, and the flat
 arrays must hold exactly their numbers.
 
-Wire format 1: ``table`` is JSON with the keys of :class:`Table`; ``arrays`` maps ``float32``, ``float64``, ``float16`` or
-``bfloat16`` (as int16 bits, which NumPy's .npy format can carry) to the concatenated, C-ordered values.
+Wire format 1: ``table`` is JSON with the keys of :class:`Table`; ``arrays`` maps ``float32``, ``float64``, ``float16``
+or ``bfloat16`` (as int16 bits, which NumPy's .npy format can carry) to the concatenated, C-ordered values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -48,32 +49,47 @@ class Table:
     def from_json(cls, text: str, sender: str) -> Table:
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, TypeError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
+            # ValueError: also for an integer too long to convert.
             raise UserError(f"{sender}: the adapter's table of contents is not JSON") from None
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            version = values.get("version") if isinstance(values, dict) else None
+        version = values.get("version") if isinstance(values, dict) else None
+        if type(version) is not int or version != VERSION:
+            shown = version if isinstance(version, int | float | str) else "unknown"
             raise UserError(
-                f"{sender}: wire format {version!r}, this end speaks {VERSION}; install the same fedgraft everywhere"
+                f"{sender}: wire format {shown}, this end speaks {VERSION}; install the same fedgraft everywhere"
             )
         expected = {f.name for f in fields(cls)}
         if set(values) != expected:
             odd = sorted(set(values) ^ expected)[0]
             raise UserError(f"{sender}: the adapter's table of contents has an unknown or missing entry `{odd}`")
         try:
-            tensors = tuple((str(name), tuple(_natural(n) for n in shape)) for name, shape in values["tensors"])
-            freeze, local = (tuple(_natural(i) for i in values[key]) for key in ("freeze", "local"))
-            texts = {key: values[key] for key in ("spec", "state", "rest", "wire")}
+            tensors = tuple((_text(name), _naturals(shape)) for name, shape in _list(values["tensors"]))
+            freeze, local = _naturals(values["freeze"]), _naturals(values["local"])
+            texts = {key: _text(values[key]) for key in ("spec", "state", "rest", "wire")}
+            if texts["wire"] not in ("fp32", "fp16", "bf16"):
+                raise ValueError("not a wire dtype")
         except (TypeError, ValueError):
             raise UserError(f"{sender}: the adapter's table of contents is malformed") from None
-        if not all(isinstance(value, str) for value in texts.values()) or texts["wire"] not in ("fp32", "fp16", "bf16"):
-            raise UserError(f"{sender}: the adapter's table of contents is malformed")
         return cls(version=VERSION, tensors=tensors, freeze=freeze, local=local, **texts)
 
 
-def _natural(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError("not a natural number")
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("not a list")
     return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    return value
+
+
+def _naturals(value: object) -> tuple[int, ...]:
+    numbers = _list(value)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("not natural numbers")
+    return tuple(numbers)
 
 
 def _to_bf16(array: np.ndarray) -> np.ndarray:
@@ -150,7 +166,7 @@ def _explain_difference(table: Table, spec: AdapterSpec, sender: str) -> None:
         if spec.by_name[name].shape != shape:
             raise UserError(f"{sender}: {explain_shape(name, shape, spec.by_name[name].shape)}")
     raise UserError(
-        f"{sender}: the adapter differs in method, rank, alpha or scaling (here {spec.method}, rank {spec.rank}, "
+        f"{sender}: the adapter differs in its tensors, method, rank, alpha or scaling (here {spec.method}, rank {spec.rank}, "
         f"alpha {spec.alpha}); use one configuration everywhere"
     )
 
@@ -202,11 +218,14 @@ def unpack(
         state.require_finite()
     except UserError as error:
         raise UserError(f"{sender}: {error}") from None
-    if not table.rest:
-        return state
-    if held is None:
-        raise UserError(f"{sender}: the state {table.rest[:12]} that fills the other tensors is not held here")
-    return state.filled_from(held)
+    if table.rest:
+        if held is None:
+            raise UserError(f"{sender}: the state {table.rest[:12]} that fills the other tensors is not held here")
+        state = state.filled_from(held)
+    # A narrow wire rounds the tensors, so only an exact one can be checked.
+    if table.wire == "fp32" and state.digest != table.state:
+        raise UserError(f"{sender}: the adapter's tensors do not match the digest that was sent with them")
+    return state
 
 
 def _cut(arrays: Mapping[str, np.ndarray], table: Table, spec: AdapterSpec, sender: str) -> dict[str, np.ndarray]:
@@ -214,6 +233,7 @@ def _cut(arrays: Mapping[str, np.ndarray], table: Table, spec: AdapterSpec, send
     for key in arrays:
         if key not in carriers:
             raise UserError(f"{sender}: an array of {key} that the table does not list")
+    native: dict[str, np.ndarray] = {}
     for key in dict.fromkeys(carriers):
         numbers = sum(spec.by_name[n].size for (n, _), c in zip(table.tensors, carriers, strict=True) if c == key)
         stored = "int16" if key == "bfloat16" else key
@@ -221,11 +241,12 @@ def _cut(arrays: Mapping[str, np.ndarray], table: Table, spec: AdapterSpec, send
         if got is None or got.dtype.name != stored or got.shape != (numbers,):
             shown = "nothing" if got is None else f"{got.dtype.name}{list(got.shape)}"
             raise UserError(f"{sender}: the packed {key} array should be {stored}[{numbers}], got {shown}")
+        native[key] = np.ascontiguousarray(got, dtype=stored)
     at = dict.fromkeys(carriers, 0)
     tensors: dict[str, np.ndarray] = {}
     for (name, shape), carrier in zip(table.tensors, carriers, strict=True):
         size = spec.by_name[name].size
-        flat = arrays[carrier][at[carrier] : at[carrier] + size]
+        flat = native[carrier][at[carrier] : at[carrier] + size]
         at[carrier] += size
         if carrier == "bfloat16":
             flat = _from_bf16(flat)

@@ -3,22 +3,25 @@
 Four records, all declared here; a record, key or metric that is not declared is refused at the receiving end, so what
 leaves a site is exactly this list.
 
-    instruction (server -> site): ``job`` (run, round, site, configuration, base-model fingerprint), ``adapter`` + ``table``
-    answer      (site -> server): ``site`` (name, round, error), ``metrics``, ``privacy``, ``adapter`` + ``table``
+    instruction (server -> site): ``job`` (run, round, site, configuration, base-model fingerprint),
+                                  ``adapter`` + ``table``
+    answer      (site -> server): ``site`` (name, round, error, code), ``metrics``, ``privacy``, ``facts``,
+                                  ``adapter`` + ``table``
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from .adapter import AdapterSpec, AdapterState
-from .errors import UserError, one_line
+from .errors import PrivateError, UserError, one_line
 from .packing import Table, pack, unpack
 from .update import PrivacyStatement
 
@@ -26,11 +29,22 @@ Kind = Literal["hello", "train", "evaluate"]
 
 #: Every metric that may leave a site, by the kind of message. ``loss`` only where no privacy is promised.
 METRICS: Mapping[str, tuple[str, ...]] = {
-    "hello": ("records", "held_out", "units", "parameters", "base_parameters", "base_bytes"),
+    "hello": ("records", "held_out", "units"),
     "train": ("records", "steps", "loss"),
     "evaluate": ("examples", "correct", "loss_sum"),
 }
 NEEDS_STATE = "needs-state"
+
+#: The records of a message, and the kind of each.
+_INSTRUCTION: Mapping[str, type] = {"job": ConfigRecord, "adapter": ArrayRecord, "table": ConfigRecord}
+_ANSWER: Mapping[str, type] = {
+    "site": ConfigRecord,
+    "metrics": MetricRecord,
+    "privacy": ConfigRecord,
+    "facts": ConfigRecord,
+    "adapter": ArrayRecord,
+    "table": ConfigRecord,
+}
 
 
 def encode_adapter(state: AdapterState, *, wire: str, whole: str | None = None, rest: str = "") -> RecordDict:
@@ -68,6 +82,8 @@ def decode_adapter(
             arrays[key] = array.numpy()
         except Exception as error:
             raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
+        if not isinstance(arrays[key], np.ndarray):
+            raise UserError(f"{sender}: the packed {key} array is an archive, not an array")
     return unpack(arrays, table, spec, sender=sender, names=names, held=held)
 
 
@@ -86,6 +102,7 @@ class Job:
 
 
 def decode_job(content: RecordDict) -> Job:
+    _refuse_undeclared(content, _INSTRUCTION, "the server")
     record = content.config_records.get("job")
     if record is None:
         raise UserError("the server's message holds no job; is the server fedgraft too?")
@@ -93,7 +110,7 @@ def decode_job(content: RecordDict) -> Job:
     if set(record) != set(wanted):
         raise UserError(f"the server's job has an unknown or missing entry `{sorted(set(record) ^ set(wanted))[0]}`")
     for key, kind in wanted.items():
-        if not isinstance(record[key], kind):
+        if type(record[key]) is not kind:
             raise UserError(f"the server's job entry `{key}` is not a {kind.__name__}")
     return Job(**{key: record[key] for key in wanted})  # type: ignore[arg-type]
 
@@ -138,30 +155,36 @@ def encode_answer(
 
 
 def encode_refusal(error: BaseException, *, site: str, round: int, code: str = "") -> RecordDict:
-    """The answer of a site that could not do its part: one line, no traceback, nothing else."""
-    return RecordDict({"site": ConfigRecord({"name": site, "round": round, "error": one_line(error), "code": code})})
+    """The answer of a site that could not do its part: one line, no traceback, nothing else.
+
+    Only a :class:`UserError` is quoted, and not one that may quote records: other texts could carry data out.
+    """
+    if isinstance(error, PrivateError):
+        text = "its data cannot be used; the site's own log says why"
+    elif isinstance(error, UserError):
+        text = one_line(error)
+    else:
+        text = f"{type(error).__name__} at the site; the site's own log says more"
+    return RecordDict({"site": ConfigRecord({"name": site, "round": round, "error": text, "code": code})})
 
 
 def decode_answer(content: RecordDict, kind: Kind, sender: str) -> Answer:
     """Check every record but the adapter. Raises :class:`UserError` that names the sender and the entry."""
-    allowed = {"site", "metrics", "privacy", "facts", "adapter", "table"}
-    unknown = sorted(set(content) - allowed)
-    if unknown:
-        raise UserError(f"{sender}: undeclared record `{unknown[0]}` in the answer")
+    _refuse_undeclared(content, _ANSWER, sender)
     record = content.config_records.get("site")
     if record is None or set(record) != {"name", "round", "error", "code"}:
         raise UserError(f"{sender}: the answer does not say which site it is")
     name, number, error, code = (record[key] for key in ("name", "round", "error", "code"))
-    if not (isinstance(name, str) and isinstance(number, int) and isinstance(error, str) and isinstance(code, str)):
+    if not (isinstance(name, str) and type(number) is int and isinstance(error, str) and isinstance(code, str)):
         raise UserError(f"{sender}: the answer does not say which site it is")
     metrics: dict[str, float] = {}
     for key, value in content.metric_records.get("metrics", MetricRecord()).items():
         if key not in METRICS[kind]:
             raise UserError(f"{name}: undeclared metric `{key}`")
-        if isinstance(value, list) or not np.isfinite(value):
+        if isinstance(value, list) or not _plausible(value):
             raise UserError(f"{name}: metric `{key}` is {value}")
         metrics[key] = value
-    facts = {key: value for key, value in content.config_records.get("facts", ConfigRecord()).items()}
+    facts = dict(content.config_records.get("facts", ConfigRecord()).items())
     if set(facts) - {"spec", "fingerprint"} or not all(isinstance(value, str) for value in facts.values()):
         raise UserError(f"{name}: undeclared fact in the answer")
     return Answer(
@@ -182,10 +205,39 @@ def _decode_privacy(content: RecordDict, site: str) -> PrivacyStatement | None:
     defaults = asdict(PrivacyStatement(enabled=False))
     if set(record) != set(defaults):
         raise UserError(f"{site}: its privacy statement has an unknown or missing entry")
+    values: dict[str, Any] = {}
     for key, default in defaults.items():
-        if not isinstance(record[key], type(default)):
-            raise UserError(f"{site}: the entry `{key}` of its privacy statement is {record[key]!r}")
-    return PrivacyStatement(**dict(record))  # type: ignore[arg-type]
+        value: Any = record[key]
+        if not _fits(key, value, default):
+            raise UserError(f"{site}: the entry `{key}` of its privacy statement is {value!r}")
+        values[key] = type(default)(value)
+    return PrivacyStatement(**values)
+
+
+def _fits(key: str, value: object, default: object) -> bool:
+    if isinstance(default, bool | str):
+        return type(value) is type(default) and (key != "unit" or value in ("record", "patient"))
+    if isinstance(value, bool) or not isinstance(value, float | int) or not _plausible(value):
+        return False
+    if isinstance(default, int):
+        return isinstance(value, int)
+    return value <= 1 or key not in ("delta", "sampling_rate")
+
+
+def _refuse_undeclared(content: RecordDict, declared: Mapping[str, type], sender: str) -> None:
+    for key in sorted(content):
+        if key not in declared:
+            raise UserError(f"{sender}: undeclared record `{key}` in the message")
+        if not isinstance(content[key], declared[key]):
+            raise UserError(f"{sender}: the record `{key}` is not a {declared[key].__name__}")
+
+
+def _plausible(value: float) -> bool:
+    """Whether ``value`` can be a count or a loss: finite and not negative."""
+    try:
+        return math.isfinite(value) and value >= 0
+    except OverflowError:
+        return False
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -193,6 +245,8 @@ def content_bytes(content: RecordDict) -> int:
     total = 0
     for arrays in content.array_records.values():
         total += sum(len(array.data) for array in arrays.values())
-    for record in (*content.config_records.values(), *content.metric_records.values()):
-        total += len(json.dumps(dict(record), default=str))
+    for settings in content.config_records.values():
+        total += len(json.dumps(dict(settings), default=str))
+    for metrics in content.metric_records.values():
+        total += len(json.dumps(dict(metrics)))
     return total

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec
+from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec, explain_shape
 from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError, one_line
@@ -19,6 +20,17 @@ from ..core.tasks import Task
 from .registry import Method, create_method
 
 _ADAPTER = "default"
+# Fields of a PEFT configuration that do not change what given tensors compute. Which modules carry an adapter does, but
+# the names of the tensors tell that.
+_HARMLESS = frozenset(
+    {
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        *("lora_dropout", "fan_in_fan_out", "megatron_core", "runtime_config", "eva_config", "qalora_group_size"),
+        *("ensure_weight_tying", "init_ia3_weights", "init_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
+        *("tokenizer_name_or_path", "tokenizer_kwargs"),
+    }
+)
 
 
 class AttachedAdapter:
@@ -68,38 +80,62 @@ class AttachedAdapter:
     def save_peft(self, folder: str | Path, state: AdapterState) -> Path:
         """Write ``state`` as a PEFT adapter folder that ``PeftModel.from_pretrained`` loads."""
         self.write(state)
-        self.model.save_pretrained(str(folder))
+        # Embeddings are never trained here; "auto" would ask the hub whether they were resized.
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
         return Path(folder)
 
     def load_peft(self, folder: str | Path) -> AdapterState:
         """Read a PEFT adapter folder of the same method into the model and return its state.
 
-        Raises :class:`UserError` that names the folder when its method, rank or tensors do not fit.
+        Raises :class:`UserError` that names the folder when its method, scale, rank or tensors do not fit; the model is
+        then as it was.
         """
         folder = Path(folder)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise UserError(f"{folder}: not a PEFT adapter folder: it has no {file}")
         try:
             config = PeftConfig.from_pretrained(str(folder))
-            weights = load_peft_weights(str(folder), device="cpu")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            weights = load_file(str(folder / "adapter_model.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder}: not a PEFT adapter folder: {one_line(error)[:200]}") from None
         own = self.model.peft_config[_ADAPTER]
-        if config.peft_type != own.peft_type:
-            raise UserError(f"{folder}: holds a {config.peft_type} adapter, this run trains {own.peft_type}")
-        for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-            if getattr(config, key, None) != getattr(own, key, None):
-                raise UserError(
-                    f"{folder}: its {key} is {getattr(config, key, None)}, this run's is {getattr(own, key, None)}"
-                )
+        theirs, ours = _meaning_of(config), _meaning_of(own)
+        for key in ("peft_type", *sorted(ours)):
+            if theirs.get(key) != ours[key]:
+                raise UserError(f"{folder}: its {key} is {theirs.get(key)}, this run's is {ours[key]}")
+        wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        odd = sorted(set(weights) ^ set(wanted))
+        if odd:
+            raise UserError(f"{folder}: tensor {odd[0]} is {'missing' if odd[0] in wanted else 'not of this adapter'}")
+        for name, tensor in weights.items():
+            if tensor.shape != wanted[name].shape:
+                raise UserError(f"{folder}: {explain_shape(name, tuple(tensor.shape), tuple(wanted[name].shape))}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{folder}: tensor {name} holds NaN or infinity")
         before = {name: parameter._version for name, parameter in self._parameters.items()}
         try:
-            report = set_peft_model_state_dict(self.model, weights)
+            set_peft_model_state_dict(self.model, weights)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: its tensors do not fit the base model: {one_line(error)[:200]}") from None
-        unexpected = sorted(report.unexpected_keys)
         untouched = sorted(name for name, p in self._parameters.items() if p._version == before[name])
-        if unexpected or untouched:
-            raise UserError(f"{folder}: tensor {(unexpected or untouched)[0]} does not fit the adapter of this run")
+        if untouched:
+            raise UserError(f"{folder}: has no value for tensor {untouched[0]} of this run")
         return self.read()
+
+
+def _meaning_of(config: PeftConfig) -> dict[str, object]:
+    """The fields of ``config`` that change what its tensors compute, in a comparable form."""
+    values: dict[str, object] = {}
+    for key, value in config.to_dict().items():
+        if key == "init_lora_weights":
+            # PiSSA, OLoRA and their like also change the base model; the plain ways only set first values.
+            value = value if isinstance(value, str) and value not in ("gaussian", "orthogonal", "eva") else True
+        elif key == "peft_type":
+            value = getattr(value, "value", value)
+        if key not in _HARMLESS:
+            values[key] = sorted(value) if isinstance(value, list | set | tuple) else value
+    return values
 
 
 def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> AttachedAdapter:
@@ -108,18 +144,30 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
     Raises :class:`UserError` when the method does not fit the model or would train nothing.
     """
     method = create_method(config.name)
+    for key in ("target_modules", "layers", "dropout"):
+        if getattr(config, key) and key not in method.accepts:
+            raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
     peft_config = method.configure(config, task, base)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = get_peft_model(base.model, peft_config)
-    except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"method {config.name} does not fit {type(base.model).__name__}: {one_line(error)}") from None
     if method.prepare:
         method.prepare(model)
     spec = _describe(model, method, config)
-    if not any(tensor.role != "head" for tensor in spec.tensors):
+    adapted = [tensor.name for tensor in spec.tensors if tensor.role != "head"]
+    if not adapted:
         raise UserError(f"method {config.name} would train nothing in {type(base.model).__name__} but the head")
+    for layer in config.layers:
+        if not any(f".{layer}." in name for name in adapted):
+            raise UserError(f"method.layers: {type(base.model).__name__} has no layer {layer} with such modules")
+    for head in base.head:
+        if not any(tensor.role == "head" and f".{head}." in tensor.name for tensor in spec.tensors):
+            raise UserError(
+                f"method {config.name} would leave the head {head} of {type(base.model).__name__} untrained"
+            )
     model.eval()
     return AttachedAdapter(model, spec)
 

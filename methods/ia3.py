@@ -15,15 +15,14 @@ from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError
 from ..core.tasks import Task
-from .registry import Method, register
+from .registry import Method, register, require_targets
 
 # Families whose module names PEFT's own table does not follow, or lacks.
 _TARGETS = {"vit": (["k_proj", "v_proj", "fc2"], ["fc2"])}
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> IA3Config:
-    family = base.model.config.model_type
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in base.model.named_modules()}
+    family = str(getattr(base.model.config, "model_type", ""))
     if config.target_modules:
         targets = list(config.target_modules)
         # The last one named is the feed-forward output, whose input is scaled.
@@ -34,12 +33,9 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> IA3Config:
         targets, feedforward = list(TARGETS[family]), list(FEEDFORWARD[family])
     else:
         raise UserError(f"(IA)3 knows no targets in a {family} model; name them in method.target_modules")
-    for target in targets:
-        if target.rsplit(".", 1)[-1] not in leaves:
-            raise UserError(f"method.target_modules: the model has no module `{target}`")
     return IA3Config(
         task_type=task.peft_type or None,
-        target_modules=targets,
+        target_modules=require_targets(base.model, targets),
         feedforward_modules=feedforward,
         modules_to_save=list(base.head) or None,
     )
@@ -56,6 +52,7 @@ register(
         source="Liu et al. 2022, arXiv 2205.05638",
         configure=_configure,
         meaning=_meaning,
+        accepts=frozenset({"target_modules"}),
         dp="refused: no exact per-sample gradient of the vectors",
     )
 )

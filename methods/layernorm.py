@@ -10,7 +10,7 @@ from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError
 from ..core.tasks import Task
-from .registry import Method, register
+from .registry import Method, register, require_targets
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> LNTuningConfig:
@@ -23,7 +23,7 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> LNTuningCon
         raise UserError("the base model has no LayerNorm: there is nothing for this method to train")
     return LNTuningConfig(
         task_type=task.peft_type or None,
-        target_modules=list(config.target_modules) or norms,
+        target_modules=require_targets(base.model, config.target_modules) or norms,
         modules_to_save=list(base.head) or None,
     )
 
@@ -43,5 +43,6 @@ register(
         source="Qi et al. 2022, arXiv 2211.08682; Zhao et al. 2023, arXiv 2312.11420",
         configure=_configure,
         meaning=_meaning,
+        accepts=frozenset({"target_modules"}),
     )
 )

@@ -24,6 +24,10 @@ def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: ob
     )
 
 
+#: What a LoRA configuration makes use of, besides rank and alpha.
+LORA_ACCEPTS = frozenset({"target_modules", "layers", "dropout"})
+
+
 def lora_meaning(name: str) -> tuple[str, Averaging]:
     for role in ("lora_A", "lora_B"):
         if f".{role}." in name:
@@ -41,6 +45,7 @@ register(
         configure=lora_config,
         meaning=lora_meaning,
         uses_rank=True,
+        accepts=LORA_ACCEPTS,
     )
 )
 register(
@@ -51,6 +56,7 @@ register(
         configure=lambda config, task, base: lora_config(config, task, base, use_rslora=True),
         meaning=lora_meaning,
         uses_rank=True,
+        accepts=LORA_ACCEPTS,
     )
 )
 register(
@@ -61,6 +67,7 @@ register(
         configure=lambda config, task, base: lora_config(config, task, base, use_dora=True),
         meaning=lora_meaning,
         uses_rank=True,
+        accepts=LORA_ACCEPTS,
         dp="refused: no exact per-sample gradient of the magnitude vector",
     )
 )

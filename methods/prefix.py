@@ -12,15 +12,23 @@ from ..core.tasks import Task
 from .registry import Method, register
 
 
-def needs_text(task: Task, method: str) -> None:
-    """Raise :class:`UserError` unless the task's inputs are tokens."""
+def require_text(method: str, task: Task, base: BaseModel) -> None:
+    """Raise :class:`UserError` unless virtual tokens can stand before the task's inputs in this model."""
     if not task.peft_type:
-        raise UserError(f"{method} puts virtual tokens before a text; {task.name} has none")
+        raise UserError(f"{method} puts virtual tokens before a text; {task.name} has none: choose lora")
+    if getattr(base.model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{method} does not fit {type(base.model).__name__}, which has an encoder and a decoder: choose lora"
+        )
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PrefixTuningConfig:
-    needs_text(task, "prefix tuning")
-    return PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=config.virtual_tokens)
+    require_text("prefix tuning", task, base)
+    return PrefixTuningConfig(
+        task_type=task.peft_type,
+        num_virtual_tokens=config.virtual_tokens,
+        modules_to_save=list(base.head) or None,
+    )
 
 
 def virtual_token_meaning(name: str) -> tuple[str, Averaging]:

@@ -6,14 +6,23 @@ from peft import PromptTuningConfig
 
 from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
+from ..core.errors import UserError
 from ..core.tasks import Task
-from .prefix import needs_text, virtual_token_meaning
+from .prefix import require_text, virtual_token_meaning
 from .registry import Method, register
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
-    needs_text(task, "prompt tuning")
-    return PromptTuningConfig(task_type=task.peft_type, num_virtual_tokens=config.virtual_tokens)
+    require_text("prompt tuning", task, base)
+    if "score" in base.head:
+        # Decoder-only classifiers find a text's last token by its id; a prompt replaces the ids by embeddings, and the
+        # model then reads the padding: the answer for one text would hang on the length of the others in its batch.
+        raise UserError(f"prompt tuning does not fit {type(base.model).__name__}: choose prefix or lora")
+    return PromptTuningConfig(
+        task_type=task.peft_type,
+        num_virtual_tokens=config.virtual_tokens,
+        modules_to_save=list(base.head) or None,
+    )
 
 
 register(

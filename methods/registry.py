@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peft import PeftConfig, PeftModel
@@ -22,7 +22,8 @@ class Method:
 
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
-    ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``dp``: where its exact clipping comes from.
+    ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
+    ``layers`` and ``dropout`` do; ``dp``: where its exact clipping comes from.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     meaning: Callable[[str], tuple[str, Averaging]]
     prepare: Callable[[PeftModel], None] | None = None
     uses_rank: bool = False
+    accepts: frozenset[str] = frozenset()
     dp: str = "exact"
 
 
@@ -58,17 +60,26 @@ def create_method(name: str) -> Method:
     return _METHODS[name]
 
 
+def require_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """``targets``, once each is known to be a module of ``model`` or the end of one's dotted name.
+
+    Raises :class:`UserError` for the first that is not: PEFT would silently do without it.
+    """
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise UserError(f"method.target_modules: the model has no module `{target}`")
+    return list(targets)
+
+
 def attention_targets(model: nn.Module, config: MethodConfig) -> list[str]:
     """Module names for low-rank updates: those asked for, else the query and value projections of the model.
 
     Raises :class:`UserError` when the model has none of them.
     """
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if config.target_modules:
-        for target in config.target_modules:
-            if target.rsplit(".", 1)[-1] not in leaves:
-                raise UserError(f"method.target_modules: the model has no module `{target}`")
-        return list(config.target_modules)
+        return require_targets(model, config.target_modules)
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for candidates in (
         ("query", "value"),
         ("q_proj", "v_proj"),

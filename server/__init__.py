@@ -1,0 +1,1 @@
+"""What runs at the server: rounds, checkpoints and resume, the run directory, the report."""

@@ -1,0 +1,5 @@
+"""`python -m fedgraft`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,302 @@
+"""The Flower ClientApp: an instruction in, an answer out, and nothing else leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from ..core.adapter import AdapterSpec, AdapterState
+from ..core.config import RunConfig, config_from_json
+from ..core.errors import UserError
+from ..core.packing import agree
+from ..core.progress import SILENT, Watch
+from ..core.tasks import Example
+from ..core.wire import (
+    NEEDS_STATE,
+    Job,
+    Kind,
+    decode_adapter,
+    decode_job,
+    decode_table,
+    encode_adapter,
+    encode_answer,
+    encode_refusal,
+)
+from ..privacy.ledger import Ledger
+from ..privacy.plan import PrivacyPlan
+from ..privacy.sampling import group_by_unit
+from .data import SiteData, load_site
+from .evaluation import evaluate
+from .resident import Resident, resident
+from .trainer import train
+
+log = logging.getLogger("fedgraft.site")
+
+
+class _StateNotHeldError(UserError):
+    """The instruction builds on a global adapter that this site does not hold."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a site's own machine supplies, and no instruction can: which site it is, its data, where it keeps records.
+
+    ``folder``: the site's own folder, for its ledger; None keeps the ledger in memory (for tests).
+    """
+
+    name: Callable[[RunConfig, Context], str]
+    data: Callable[[RunConfig, str, Context], SiteData]
+    folder: Callable[[RunConfig, str, Context], Path | None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A site's encoded records and its privacy units."""
+
+    train: list[Example]
+    held_out: list[Example]
+    groups: list[np.ndarray]
+    ledger: Ledger
+
+
+class SiteClient:
+    """The site's side of the conversation; one object serves every site of a process and keeps what is costly."""
+
+    def __init__(self, surroundings: Surroundings, watch: Watch = SILENT) -> None:
+        self._surroundings = surroundings
+        self._watch = watch
+        self._configs: OrderedDict[str, RunConfig] = OrderedDict()
+        self._prepared: dict[tuple[str, str], _Prepared] = {}
+        # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
+        self._states: OrderedDict[str, tuple[AdapterState, RecordDict]] = OrderedDict()
+
+    def answer(self, kind: Kind, message: Message, context: Context) -> Message:
+        """Do what the instruction says; a failure becomes a one-line answer that names the site."""
+        site, number = "?", 0
+        try:
+            job = decode_job(message.content)
+            number = job.round
+            config = self._config(job.config)
+            site = self._surroundings.name(config, context)
+            if job.site and job.site != site:
+                raise UserError(f"this is site {site}, the instruction is for {job.site}")
+            handler = {"hello": self._hello, "train": self._train, "evaluate": self._evaluate}[kind]
+            content = handler(job, config, site, message.content, context)
+        except _StateNotHeldError as error:
+            content = encode_refusal(error, site=site, round=number, code=NEEDS_STATE)
+        except UserError as error:
+            log.error("%s", error)
+            content = encode_refusal(error, site=site, round=number)
+        except Exception as error:
+            log.exception("site %s failed", site)
+            content = encode_refusal(error, site=site, round=number)
+        self._watch.site_finished(kind, site)
+        return Message(content, reply_to=message)
+
+    def _hello(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
+        prepared, model = self._site(job, config, site, context)
+        if config.privacy.enabled:
+            # Whatever would stop the run later must stop it now, before any site has spent anything.
+            self._plan(job, config, prepared)
+        return encode_answer(
+            "hello",
+            site=site,
+            round=job.round,
+            metrics={
+                "records": len(prepared.train),
+                "held_out": len(prepared.held_out),
+                "units": len(prepared.groups),
+            },
+            facts={
+                "spec": model.adapter.spec.with_policy("share", lambda t: True).digest,
+                "fingerprint": job.fingerprint,
+            },
+        )
+
+    def _train(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
+        prepared, model = self._site(job, config, site, context)
+        state = self._with_local(self._receive(content, context, model), context)
+        plan = statement = None
+        if config.privacy.enabled:
+            plan = self._plan(job, config, prepared)
+            # The budget is on the disk before the first gradient: a crash can only have recorded too much.
+            events = prepared.ledger.reserve(plan.event(config.train.local_steps), run=job.run, round=job.round)
+            statement = plan.statement(events)
+        result = train(
+            model,
+            state,
+            prepared.train,
+            prepared.groups,
+            config,
+            site=site,
+            round=job.round,
+            plan=plan,
+            on_step=lambda step, loss: self._watch.site_step(
+                site, step, config.train.local_steps, loss, statement.epsilon if statement else None
+            ),
+        )
+        self._keep_local(result.state, context)
+        metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
+        if result.loss is not None:
+            metrics["loss"] = result.loss
+        shared = result.state.only(result.state.spec.select("share"))
+        return encode_answer(
+            "train",
+            site=site,
+            round=job.round,
+            metrics=metrics,
+            privacy=statement,
+            adapter=encode_adapter(shared, wire=config.server.wire_dtype),
+        )
+
+    def _evaluate(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
+        prepared, model = self._site(job, config, site, context)
+        state = self._with_local(self._receive(content, context, model), context)
+        metrics: dict[str, float] = {}
+        if config.evaluate.release == "exact":
+            metrics = evaluate(model, state, prepared.held_out, config)
+        return encode_answer("evaluate", site=site, round=job.round, metrics=metrics)
+
+    def _config(self, text: str) -> RunConfig:
+        if text not in self._configs:
+            self._configs[text] = config_from_json(text, "the server's configuration")
+            while len(self._configs) > 2:
+                self._configs.popitem(last=False)
+        return self._configs[text]
+
+    def _site(self, job: Job, config: RunConfig, site: str, context: Context) -> tuple[_Prepared, Resident]:
+        model = resident(_own_version(config, site))
+        if model.base.fingerprint != job.fingerprint:
+            raise UserError(
+                f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
+                f"{job.fingerprint[:12]}); give every site the same files"
+            )
+        key = (config.digest(), site)
+        if key not in self._prepared:
+            data = self._surroundings.data(config, site, context)
+            task, processor = model.task, model.base.processor
+            by_patient = config.privacy.enabled and config.privacy.unit == "patient"
+            if by_patient and data.train.patients is None:
+                raise UserError(f"site {site}: the privacy unit is the patient, but its records name none")
+            folder = self._surroundings.folder(config, site, context)
+            self._prepared[key] = _Prepared(
+                train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
+                held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
+                groups=group_by_unit(data.train.patients if by_patient else None, len(data.train)),
+                ledger=Ledger(folder / "ledger.jsonl" if folder else None),
+            )
+        return self._prepared[key], model
+
+    def _plan(self, job: Job, config: RunConfig, prepared: _Prepared) -> PrivacyPlan:
+        remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
+        return PrivacyPlan.for_run(config, len(prepared.groups), remaining, prepared.ledger.events())
+
+    def _receive(self, content: RecordDict, context: Context, model: Resident) -> AdapterState:
+        """The global adapter of an instruction, completed from what this site holds, and held from now on."""
+        table = decode_table(content, "the server")
+        spec = model.adapter.spec
+        held = context.state.config_records.get("held.digest", ConfigRecord()).get("state")
+        if table.rest and held != table.rest:
+            raise _StateNotHeldError(f"the adapter {table.rest[:12]} that the instruction builds on is not held here")
+        if table.state not in self._states:
+            rest = self._held(context, spec) if table.rest else None
+            state = decode_adapter(content, spec, sender="the server", held=rest)
+            self._states[table.state] = (state, encode_adapter(state, wire="fp32"))
+            while len(self._states) > 2:
+                self._states.popitem(last=False)
+        state, packed = self._states[table.state]
+        if agree(table, spec, "the server") != state.spec:
+            raise UserError("the server: two descriptions of one adapter")
+        if held != table.state:
+            context.state["held.digest"] = ConfigRecord({"state": table.state})
+            context.state["held.adapter"] = packed["adapter"]
+            context.state["held.table"] = packed["table"]
+        return state
+
+    def _held(self, context: Context, spec: AdapterSpec) -> AdapterState:
+        digest = str(context.state.config_records["held.digest"]["state"])
+        if digest in self._states:
+            return self._states[digest][0]
+        content = RecordDict({"adapter": context.state["held.adapter"], "table": context.state["held.table"]})
+        return decode_adapter(content, spec, sender="this site's own memory")
+
+    def _with_local(self, state: AdapterState, context: Context) -> AdapterState:
+        """``state`` with this site's personal tensors in place of the initial ones."""
+        kept = context.state.array_records.get("local")
+        names = state.spec.select("local")
+        if kept is None or not names:
+            return state
+        return AdapterState(state.spec, {**state, **{name: kept[name].numpy() for name in names}})
+
+    def _keep_local(self, state: AdapterState, context: Context) -> None:
+        names = state.spec.select("local")
+        if names:
+            context.state["local"] = ArrayRecord({name: Array(np.array(state[name])) for name in names})
+
+
+def _own_version(config: RunConfig, site: str) -> RunConfig:
+    """The configuration with what is written for this site alone."""
+    own = next((entry for entry in config.data.sites if entry.name == site), None)
+    if own is None or not (own.model or own.rank):
+        return config
+    method = config.method.model_copy(update={"rank": own.rank or config.method.rank})
+    return config.model_copy(update={"model": own.model or config.model, "method": method})
+
+
+def _labels(labels: np.ndarray | None) -> list[int] | None:
+    return None if labels is None else labels.tolist()
+
+
+def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> ClientApp:
+    """A ClientApp whose sites are what ``surroundings`` says."""
+    app = ClientApp()
+    client = SiteClient(surroundings, watch)
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return client.answer("hello", message, context)
+
+    @app.train()
+    def local_training(message: Message, context: Context) -> Message:
+        return client.answer("train", message, context)
+
+    @app.evaluate()
+    def local_evaluation(message: Message, context: Context) -> Message:
+        return client.answer("evaluate", message, context)
+
+    return app
+
+
+def own_name(config: RunConfig, context: Context) -> str:
+    """The site's name from its node configuration: ``site``, or its position among the run's sites."""
+    node = context.node_config
+    if "site" in node:
+        return str(node["site"])
+    position = node.get("partition-id")
+    if not isinstance(position, int) or not 0 <= position < len(config.site_names):
+        raise UserError(
+            f'the node configuration names no site: give site="NAME" or a partition-id below {len(config.site_names)}'
+        )
+    return config.site_names[position]
+
+
+def _own_folder(config: RunConfig, site: str, context: Context) -> Path:
+    folder = context.node_config.get("site-folder")
+    if not folder:
+        raise UserError(f'site {site}: give site-folder="FOLDER" in the node configuration; the ledger lies there')
+    return Path(str(folder))
+
+
+def _own_data(config: RunConfig, site: str, context: Context) -> SiteData:
+    return load_site(config, site, str(context.node_config.get("data-path", "")))
+
+
+#: The ClientApp of a real site: its name, data and folder come from its own node configuration.
+app = make_client_app(Surroundings(own_name, _own_data, _own_folder))

@@ -1,0 +1,62 @@
+"""The base model that stays in memory between rounds, with its adapter attached: loaded once a process."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from ..core.basemodel import BaseModel
+from ..core.config import RunConfig
+from ..core.errors import UserError
+from ..core.tasks import Task, create_task
+from ..methods import AttachedAdapter, attach
+
+#: One for the run's base model, and one more so that a site with another model cannot evict it each round.
+_KEEP = 2
+_residents: OrderedDict[tuple[str, ...], Resident] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A loaded base model, its task, and the adapter on it."""
+
+    base: BaseModel
+    task: Task
+    adapter: AttachedAdapter
+    device: torch.device
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``train.device`` names; ``auto`` takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"train.device `{name}` is not there; use cpu, or auto to take what there is") from None
+    return device
+
+
+def resident(config: RunConfig) -> Resident:
+    """The model of a run, from memory when it is there."""
+    parts = (config.model, config.method.to_json(), config.task.to_json(), str(config.seed), config.train.device)
+    found = _residents.pop(parts, None)
+    if found is None:
+        task = create_task(config.task)
+        device = device_of(config.train.device)
+        base = task.load(config.model, config.task, config.seed)
+        adapter = attach(base, config.method, task, config.seed)
+        adapter.model.to(device)
+        found = Resident(base, task, adapter, device)
+    _residents[parts] = found
+    while len(_residents) > _KEEP:
+        _residents.popitem(last=False)
+    return found
+
+
+def forget_all() -> None:
+    """Free every resident model."""
+    _residents.clear()

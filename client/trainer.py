@@ -1,0 +1,225 @@
+"""Local training of one round: the adapter in, some steps on the site's own records, the adapter out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..core.adapter import AdapterState
+from ..core.config import RunConfig, TrainConfig
+from ..core.errors import UserError
+from ..core.tasks import Batch, Example
+from ..privacy.clipping import ClippedGradients
+from ..privacy.noise import RandomStream
+from ..privacy.plan import PrivacyPlan
+from ..privacy.sampling import poisson_batch, shuffled_batches
+from .resident import Resident
+
+#: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
+OnStep = Callable[[int, float | None], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a round: the whole adapter, steps taken, and the mean training loss where privacy allows it."""
+
+    state: AdapterState
+    steps: int
+    loss: float | None
+
+
+def by_length(examples: Sequence[Example], indices: Iterable[int], size: int) -> Iterator[list[Example]]:
+    """Batches of ``size`` among ``indices``, shortest first, so that little of a batch is padding."""
+    order = sorted(indices, key=lambda index: examples[index]["length"])
+    for start in range(0, len(order), size):
+        yield [examples[index] for index in order[start : start + size]]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
+
+
+def train(
+    resident: Resident,
+    state: AdapterState,
+    examples: Sequence[Example],
+    groups: Sequence[np.ndarray],
+    config: RunConfig,
+    *,
+    site: str,
+    round: int,
+    plan: PrivacyPlan | None,
+    on_step: OnStep = lambda step, loss: None,
+) -> Trained:
+    """Train ``state`` for ``train.local_steps`` steps and return it.
+
+    ``examples``: the site's encoded training records; ``groups``: record indices of each privacy unit. With ``plan``,
+    every step is a Poisson sample of units, clipped and noised as the plan says; the caller has reserved its steps in
+    the ledger. Without, batches are drawn from the run's seed, the site and the round alone, so that the result does
+    not depend on the engine or on what ran before. The optimizer starts afresh every round.
+    """
+    adapter, settings = resident.adapter, config.train
+    if plan is not None and settings.precision == "fp16":
+        raise UserError("train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32")
+    adapter.adopt(state.spec)
+    adapter.write(state)
+    trainables = adapter.trainables()
+    optimizer = _optimizer(settings, trainables.values())
+    first = (round - 1) * settings.local_steps
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, first + step, config.total_steps))
+    seeded = plan is None or plan.seeded_noise_not_private
+    stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
+    with _training_mode(adapter.model, config), torch.random.fork_rng(devices=_cuda(resident.device)):
+        torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
+        if plan is None:
+            losses = _plain_steps(resident, trainables, examples, config, stream, optimizer, schedule, on_step)
+        else:
+            _private_steps(resident, trainables, examples, groups, config, plan, stream, optimizer, schedule, on_step)
+            losses = []
+    for parameter in trainables.values():
+        parameter.grad = None
+    trained = adapter.read()
+    try:
+        trained.require_finite()
+    except UserError as error:
+        raise UserError(f"training diverged in round {round}: {error}; lower train.lr") from None
+    return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None)
+
+
+def _plain_steps(
+    resident: Resident,
+    trainables: dict[str, nn.Parameter],
+    examples: Sequence[Example],
+    config: RunConfig,
+    stream: RandomStream,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    on_step: OnStep,
+) -> list[float]:
+    settings, task, model = config.train, resident.task, resident.adapter.model
+    scaler = torch.amp.GradScaler(resident.device.type, enabled=settings.precision == "fp16")
+    batches = shuffled_batches(len(examples), settings.batch_size, stream)
+    means = []
+    for step in range(settings.local_steps):
+        chosen = next(batches)
+        total = 0.0
+        optimizer.zero_grad(set_to_none=True)
+        for micro in by_length(examples, chosen, settings.micro_batch):
+            batch = to_device(task.collate(micro, resident.base.processor), resident.device)
+            with autocast(settings, resident.device):
+                loss = task.losses(model, batch).sum() / len(chosen)
+            scaler.scale(loss).backward()
+            total += float(loss.detach())
+        scaler.unscale_(optimizer)
+        if settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(trainables.values(), settings.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        means.append(total)
+        on_step(step + 1, total)
+    return means
+
+
+def _private_steps(
+    resident: Resident,
+    trainables: dict[str, nn.Parameter],
+    examples: Sequence[Example],
+    groups: Sequence[np.ndarray],
+    config: RunConfig,
+    plan: PrivacyPlan,
+    stream: RandomStream,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    on_step: OnStep,
+) -> None:
+    settings, task, model = config.train, resident.task, resident.adapter.model
+    with ClippedGradients(model, trainables, plan.clip) as gradients:
+        for step in range(settings.local_steps):
+            chosen = poisson_batch(groups, plan.sampling_rate, stream)
+            for micro in by_length(examples, chosen, settings.micro_batch):
+                batch = to_device(task.collate(micro, resident.base.processor), resident.device)
+                with autocast(settings, resident.device):
+                    losses = task.losses(model, batch)
+                gradients.add(losses)
+            # An empty sample still releases its noise: skipping the step would tell that it was empty.
+            gradients.release(plan.noise_multiplier, plan.expected_batch, stream)
+            optimizer.step()
+            schedule.step()
+            on_step(step + 1, None)
+
+
+def _optimizer(settings: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def learning_rate_factor(settings: TrainConfig, step: int, total: int) -> float:
+    """Factor on the learning rate at ``step`` of the ``total`` steps of the run: warm-up, then the schedule."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    progress = min(progress, 1.0)
+    if settings.schedule == "linear":
+        return 1.0 - progress
+    if settings.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+class _training_mode:
+    """Dropout and checkpointing as configured while training; everything else stays in evaluation mode.
+
+    Normalisation layers never switch: a frozen BatchNorm in training mode would carry batch statistics out of the
+    site in its running mean, without noise.
+    """
+
+    def __init__(self, model: Any, config: RunConfig) -> None:
+        self.model = model
+        self.config = config
+
+    def __enter__(self) -> None:
+        model, settings = self.model, self.config.train
+        if settings.base_dropout:
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        for name, module in model.named_modules():
+            if ".lora_dropout" in name:
+                module.train()
+            if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+        if settings.gradient_checkpointing:
+            # Per-sample hooks see each layer once only when the recomputation is reentrant.
+            reentrant = self.config.privacy.enabled
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+
+    def __exit__(self, *error: object) -> None:
+        if self.config.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
+            self.model.disable_input_require_grads()
+        self.model.eval()

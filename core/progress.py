@@ -1,0 +1,31 @@
+"""What a run tells whoever watches it. Nothing here crosses the wire: a site's steps are seen at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Watch:
+    """Receives the events of a run; every method may be overridden, none needs to be."""
+
+    def note(self, text: str) -> None:
+        """Something a person should read now (a corrupt checkpoint passed over, a site that is missing)."""
+
+    def run_started(self, *, first_round: int, rounds: int, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        """The sites have answered; training begins at ``first_round``."""
+
+    def phase_started(self, kind: str, round: int, sites: int) -> None:
+        """A training or an evaluation begins."""
+
+    def site_step(self, site: str, step: int, steps: int, loss: float | None, epsilon: float | None) -> None:
+        """A simulated site has taken a step."""
+
+    def site_finished(self, kind: str, site: str) -> None:
+        """A simulated site has answered."""
+
+    def phase_finished(self, record: Mapping[str, Any]) -> None:
+        """A training or an evaluation is over; ``record`` is its line of metrics.jsonl."""
+
+
+SILENT = Watch()

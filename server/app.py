@@ -1,0 +1,36 @@
+"""The Flower ServerApp of a deployment: the configuration file and the output folder come from the run configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from ..core.config import RunConfig, load_config
+from ..core.errors import UserError
+from ..core.progress import SILENT, Watch
+from .rounds import Federation
+from .rundir import RunDirectory
+
+
+def run_on(
+    grid: Grid, config: RunConfig, output: Path, *, engine: str, resume: bool, watch: Watch = SILENT
+) -> dict[str, object]:
+    """Run a federation over ``grid`` into ``output`` and return its run.json."""
+    with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
+        return Federation(grid, config, rundir, engine=engine, resume=resume, watch=watch).start()
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what ``config`` (a TOML file), ``set`` (overrides, one a line), ``output`` and ``resume`` say."""
+    settings = {key: str(context.run_config.get(key, "")) for key in ("config", "set", "output", "resume")}
+    if not settings["config"] or not (settings["output"] or settings["resume"]):
+        raise UserError("give config=FILE and output=FOLDER (or resume=FOLDER) in the run configuration")
+    config = load_config(settings["config"], settings["set"].splitlines())
+    folder = Path(settings["resume"] or settings["output"])
+    run_on(grid, config, folder, engine="flower", resume=bool(settings["resume"]))

@@ -1,0 +1,368 @@
+"""The rounds of a federation, over any Flower Grid: join, train, aggregate, evaluate, checkpoint, resume."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from .. import __version__
+from ..core.basemodel import BaseModel
+from ..core.config import RunConfig
+from ..core.errors import UserError, one_line
+from ..core.progress import SILENT, Watch
+from ..core.tasks import create_task
+from ..core.wire import Answer, Job, decode_answer
+from ..methods import attach, create_method
+from ..strategies import Aggregator, create_aggregator
+from ..strategies.flower import PeftStrategy
+from . import checkpoints
+from .checkpoints import Checkpoint
+from .report import write_report
+from .rundir import RunDirectory, now
+
+_POLL = 0.5
+
+
+def check(config: RunConfig) -> Aggregator:
+    """Refuse what cannot work before anything is loaded; returns the run's aggregator.
+
+    Raises :class:`UserError` for an unknown strategy, option, method or task, or ranks that the strategy cannot mix.
+    """
+    aggregator = create_aggregator(config.strategy, config.strategy_options)
+    create_method(config.method.name)
+    create_task(config.task)
+    if not aggregator.capabilities.heterogeneous_ranks:
+        for site in config.data.sites:
+            if site.rank and site.rank != config.method.rank:
+                raise UserError(
+                    f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and strategy "
+                    f"`{config.strategy}` cannot mix ranks; give all sites one rank"
+                )
+    return aggregator
+
+
+class Federation:
+    """One run from its first join to its report.
+
+    ``grid``: Flower's, or a simulation's; ``rundir``: new, or with ``resume`` one that holds checkpoints.
+    """
+
+    def __init__(
+        self, grid: Grid, config: RunConfig, rundir: RunDirectory, *, engine: str, resume: bool, watch: Watch = SILENT
+    ) -> None:
+        self.grid = grid
+        self.config = config
+        self.rundir = rundir
+        self.watch = watch
+        self.engine = engine
+        self.aggregator = check(config)
+        self.started = time.monotonic()
+        task = create_task(config.task)
+        self.base: BaseModel = task.load(config.model, config.task, config.seed)
+        self.adapter = attach(self.base, config.method, task, config.seed)
+        self.run = self._resumed() if resume else self._fresh()
+        state = self.checkpoint.state
+        self.strategy = PeftStrategy(
+            self.aggregator, state, config, run=self.run["run"], fingerprint=self.base.fingerprint
+        )
+        # The tensors live in `state` now; the sites load a model of their own.
+        self.base.model.to("meta")
+
+    def _fresh(self) -> dict[str, Any]:
+        fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
+        self.checkpoint = Checkpoint(0, self.aggregator.prepare(fresh))
+        self._past = {"seconds": 0.0, "bytes_up": 0, "bytes_down": 0}
+        run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}
+        checkpoints.save(
+            self.rundir.checkpoints, self.checkpoint, self.config.digest(), self.config.server.keep_checkpoints
+        )
+        return run
+
+    def _resumed(self) -> dict[str, Any]:
+        before = self.rundir.read_run()
+        notes: list[str] = []
+
+        class Noting(Watch):
+            def note(_, text: str) -> None:
+                notes.append(text)
+                self.watch.note(text)
+
+        self.checkpoint = checkpoints.load_last(self.rundir.checkpoints, Noting())
+        want = self.adapter.spec.with_policy("share", lambda t: True)
+        if self.checkpoint.state.spec.with_policy("share", lambda t: True) != want:
+            raise UserError(
+                f"{self.rundir.checkpoints}: holds a {self.checkpoint.state.spec.method} adapter of rank "
+                f"{self.checkpoint.state.spec.rank}, the configuration asks for {want.method} of rank {want.rank}"
+            )
+        fingerprint = before["model"]["fingerprint"]
+        if fingerprint != self.base.fingerprint:
+            raise UserError(
+                f"{self.rundir.path}: was begun with another base model (fingerprint {fingerprint[:12]}, now "
+                f"{self.base.fingerprint[:12]})"
+            )
+        self.aggregator.recall(self.checkpoint.memory)
+        kept = self.rundir.forget_metrics_after(self.checkpoint.round)
+        self._past = {
+            "seconds": float(before.get("seconds", 0.0)),
+            "bytes_up": sum(line["bytes_up"] for line in kept),
+            "bytes_down": sum(line["bytes_down"] for line in kept),
+        }
+        again = {"at": now(), "from_round": self.checkpoint.round, "note": "; ".join(notes)}
+        return {"run": before["run"], "started": before["started"], "resumed": [*before["resumed"], again]}
+
+    def start(self) -> dict[str, Any]:
+        """Run all rounds that are left; returns what run.json says at the end.
+
+        Raises :class:`UserError` with one line when the run cannot go on; what was reached stays in the run directory.
+        """
+        try:
+            self._write("running")
+            self._join()
+            self._rounds()
+            self._export()
+            run = self._write("finished")
+            write_report(self.rundir.path)
+            return run
+        except UserError as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: UserError) -> None:
+        try:
+            self._write("failed", error=one_line(error))
+        except UserError:
+            # A full disk is the likely cause of both; the first error is the one to tell.
+            return
+
+    # Joining
+
+    def _join(self) -> None:
+        """Wait for the sites, ask each who it is, and refuse the run if one does not fit."""
+        wanted = set(self.config.site_names)
+        deadline = time.monotonic() + self.config.server.join_timeout
+        self.facts: dict[str, dict[str, float]] = {}
+        while True:
+            self._greet()
+            here = set(self.strategy.sites.values())
+            if here >= wanted or (time.monotonic() > deadline and len(here) >= self.config.quorum):
+                break
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(here)} of {len(wanted)} sites joined within {self.config.server.join_timeout:g} s, the quorum "
+                    f"is {self.config.quorum}; missing: {', '.join(sorted(wanted - here))}"
+                )
+            time.sleep(_POLL)
+        for site in sorted(wanted - here):
+            self.watch.note(f"site {site} did not join; the run goes on without it until it does")
+        first = self.checkpoint.round + 1
+        self.watch.run_started(first_round=first, rounds=self.config.rounds, sites=self.facts)
+
+    def _greet(self) -> None:
+        """Ask nodes that are not known yet for their name, base model and adapter."""
+        nodes = set(self.grid.get_node_ids())
+        for gone in set(self.strategy.sites) - nodes:
+            del self.strategy.sites[gone]
+        fresh = sorted(nodes - set(self.strategy.sites))
+        if not fresh:
+            return
+        job = Job(
+            self.run["run"], self.checkpoint.round + 1, "", self.config.to_json(), self.base.fingerprint
+        ).to_record()
+        messages = [
+            Message(RecordDict({"job": job}), dst_node_id=node, message_type="query.hello", group_id="hello")
+            for node in fresh
+        ]
+        for reply in self.grid.send_and_receive(messages, timeout=self.config.server.join_timeout):
+            if reply.has_error():
+                self.watch.note(f"a node failed to answer: {reply.error.reason}")
+                continue
+            answer = decode_answer(reply.content, "hello", f"node {reply.metadata.src_node_id}")
+            self._admit(reply.metadata.src_node_id, answer)
+
+    def _admit(self, node: int, answer: Answer) -> None:
+        if answer.error:
+            prefix = "" if answer.site in answer.error else f"site {answer.site}: "
+            raise UserError(f"{prefix}{answer.error}")
+        if answer.site not in self.config.site_names:
+            raise UserError(f"node {node} says it is site `{answer.site}`, which data.sites does not list")
+        others = [other for other, name in self.strategy.sites.items() if name == answer.site]
+        if others:
+            raise UserError(f"two nodes say they are site {answer.site}; give each site its own name")
+        own = self.adapter.spec.with_policy("share", lambda t: True).digest
+        if answer.facts.get("spec") != own:
+            raise UserError(
+                f"site {answer.site} trains another adapter than the run's {self.config.method.name} of rank "
+                f"{self.config.method.rank}; use one method, rank and alpha everywhere"
+            )
+        self.strategy.sites[node] = answer.site
+        self.facts[answer.site] = dict(answer.metrics)
+
+    # Rounds
+
+    def _rounds(self) -> None:
+        if self.checkpoint.round == 0 and not self.rundir.read_metrics():
+            self._evaluate(0)
+        every = self.config.evaluate.every
+        for number in range(self.checkpoint.round + 1, self.config.rounds + 1):
+            self._greet()
+            self._train(number)
+            if number == self.config.rounds or (every and number % every == 0):
+                self._evaluate(number)
+            self.checkpoint = Checkpoint(number, self.strategy.state, self.aggregator.memory())
+            checkpoints.save(
+                self.rundir.checkpoints, self.checkpoint, self.config.digest(), self.config.server.keep_checkpoints
+            )
+            self._write("running")
+
+    def _exchange(self, messages: Iterable[Message]) -> None:
+        """Send, and collect answers; then once more to sites that did not hold the adapter they were told to use."""
+        timeout = self.config.server.round_timeout
+        self.strategy.collect(self.grid.send_and_receive(messages, timeout=timeout))
+        again = list(self.strategy.second_chances())
+        if again:
+            self.strategy.collect(self.grid.send_and_receive(again, timeout=timeout))
+
+    def _train(self, number: int) -> None:
+        began = time.monotonic()
+        self.watch.phase_started("train", number, len(self.strategy.sites))
+        self._exchange(self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid))
+        enough = self.strategy.finish_train()
+        line = self.strategy.record(time.monotonic() - began)
+        missing = self.strategy.phase.missing
+        if not enough:
+            answered = len(self.strategy.phase.metrics)
+            why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
+            raise UserError(
+                f"round {number}: {answered} of {len(self.config.site_names)} sites answered, the quorum is "
+                f"{self.config.quorum} ({why}); --resume {self.rundir.path} goes on from round {number}"
+            )
+        self._log(line)
+
+    def _evaluate(self, number: int) -> None:
+        began = time.monotonic()
+        self.watch.phase_started("evaluate", number, len(self.strategy.sites))
+        self._exchange(self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid))
+        self.strategy.totals()
+        self._log(self.strategy.record(time.monotonic() - began))
+
+    def _log(self, line: dict[str, Any]) -> None:
+        for site, reason in line["missing"].items():
+            self.watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
+        self.rundir.append_metrics(line)
+        self.watch.phase_finished(line)
+
+    # The end
+
+    def _export(self) -> None:
+        """The final adapter as a PEFT folder."""
+        task = create_task(self.config.task)
+        base = task.load(self.config.model, self.config.task, self.config.seed)
+        folder = self.rundir.adapter
+        try:
+            attach(base, self.config.method, task, self.config.seed).save_peft(folder, self.strategy.state)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+    def _write(self, status: str, error: str = "") -> dict[str, Any]:
+        values = self._summary(status, error)
+        self.rundir.write_run(values)
+        return values
+
+    def _summary(self, status: str, error: str) -> dict[str, Any]:
+        lines = self.rundir.read_metrics()
+        evaluations = [line for line in lines if line["kind"] == "evaluate"]
+        trainings = [line for line in lines if line["kind"] == "train"]
+        state, spec = self.strategy.state, self.strategy.state.spec
+        shared = sum(spec.by_name[name].size for name in spec.select("share"))
+        seconds = self._past["seconds"] + time.monotonic() - self.started
+        up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
+        rounds = max((line["round"] for line in trainings), default=0)
+        shares = max(1, sum(len(line["sites"]) for line in trainings))
+        sites = {name: self._site(name, evaluations, trainings) for name in self.config.site_names}
+        aggregator, method = self.aggregator, create_method(self.config.method.name)
+        return {
+            "fedgraft": __version__,
+            **self.run,
+            "name": self.config.name,
+            "status": status,
+            "error": error,
+            "finished": now() if status == "finished" else "",
+            "seconds": round(seconds, 2),
+            "engine": self.engine,
+            "config": self.config.model_dump(mode="json"),
+            "config_digest": self.config.digest(),
+            "strategy": {
+                "name": self.config.strategy,
+                "summary": aggregator.summary,
+                "source": aggregator.source,
+                "capabilities": asdict(aggregator.capabilities),
+            },
+            "method": {"name": method.name, "summary": method.summary, "source": method.source},
+            "model": {
+                "name": self.config.model,
+                "fingerprint": self.base.fingerprint,
+                "parameters": self.base.parameters,
+                "bytes": self.base.bytes,
+            },
+            "adapter": {
+                "parameters": spec.parameters,
+                "shared": shared,
+                "digest": state.digest,
+                "folder": self.rundir.adapter.name,
+            },
+            "digest": state.digest,
+            "rounds": rounds,
+            "accuracy": _ends(evaluations, "accuracy"),
+            "loss": _ends(evaluations, "loss"),
+            "sites": sites,
+            "bytes_up": up,
+            "bytes_down": down,
+            "bytes_up_round": up // shares,
+            "bytes_down_round": down // shares,
+            "bytes_full_model": self.base.bytes,
+            "seconds_round": round(sum(line["seconds"] for line in lines) / max(1, rounds), 3),
+            "adapter_path": str(self.rundir.adapter),
+            "report_path": str(self.rundir.path / "report.html"),
+            "warnings": self._warnings(sites, trainings),
+        }
+
+    def _site(self, name: str, evaluations: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> dict[str, Any]:
+        answered = [line["sites"][name] for line in trainings if name in line["sites"]]
+        scored = [line["sites"][name] for line in evaluations if name in line["sites"]]
+        accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
+        facts = getattr(self, "facts", {}).get(name, {})
+        privacy = next((a["privacy"] for a in reversed(answered) if "privacy" in a), None)
+        return {
+            "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),
+            "units": int(facts.get("units", 0)),
+            "held_out": int(facts.get("held_out", 0)),
+            "accuracy_before": accuracies[0] if accuracies else None,
+            "accuracy": accuracies[-1] if accuracies else None,
+            "epsilon": privacy["epsilon"] if privacy else None,
+            "delta": privacy["delta"] if privacy else None,
+            "unit": privacy["unit"] if privacy else None,
+            "rounds": len(answered),
+            "privacy": privacy,
+        }
+
+    def _warnings(self, sites: dict[str, Any], trainings: list[dict[str, Any]]) -> list[str]:
+        warnings = []
+        if not self.config.privacy.enabled:
+            warnings.append("differential privacy was switched off (privacy.enabled = false): nothing is promised")
+        elif self.config.privacy.seeded_noise_not_private:
+            warnings.append("the noise came from the run's seed (privacy.seeded_noise_not_private): it protects nobody")
+        for name, site in sites.items():
+            if site["rounds"] < len(trainings):
+                warnings.append(f"{name} answered in {site['rounds']} of {len(trainings)} rounds")
+        return warnings
+
+
+def _ends(evaluations: list[dict[str, Any]], key: str) -> dict[str, float | None]:
+    values = [line[key] for line in evaluations]
+    return {"before": values[0] if values else None, "after": values[-1] if values else None}

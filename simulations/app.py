@@ -1,0 +1,55 @@
+"""The two Flower apps of a simulated federation, for `flwr run .` and for the engines.
+
+Sites are simulated, so their data come from the scenario and their folders lie inside the run directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from ..client.app import Surroundings, make_client_app, own_name
+from ..client.data import SiteData
+from ..core.config import RunConfig
+from ..core.progress import SILENT, Watch
+from ..server.app import run_on
+from .scenario import load_scenario, site_data
+
+
+def run_folder(context: Context) -> Path:
+    """The run directory, which the server and every simulated site derive alike from Flower's context.
+
+    ``output`` or ``resume`` of the run configuration, else a folder in the user's home named by Flower's run id: the
+    processes of Flower's runtime share no working directory.
+    """
+    settings = context.run_config
+    chosen = str(settings.get("resume") or settings.get("output") or "")
+    return Path(chosen) if chosen else Path.home() / "fedgraft-runs" / f"flower-{context.run_id}"
+
+
+def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> ClientApp:
+    """A ClientApp whose sites keep their ledgers in the run directory (``folder``, or what the context says)."""
+
+    def data(config: RunConfig, site: str, context: Context) -> SiteData:
+        return site_data(config)[site]
+
+    def place(config: RunConfig, site: str, context: Context) -> Path:
+        return (folder or run_folder(context)) / "sites" / site
+
+    return make_client_app(Surroundings(own_name, data, place), watch)
+
+
+client = make_simulated_client()
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario ``config`` with the overrides ``set``, separated by ``;``, into the run directory."""
+    settings = context.run_config
+    overrides = [part.strip() for part in str(settings.get("set", "")).split(";") if part.strip()]
+    config = load_scenario(str(settings.get("config", "")), overrides)
+    run_on(grid, config, run_folder(context), engine="flower", resume=bool(settings.get("resume")))

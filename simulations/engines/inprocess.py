@@ -1,0 +1,89 @@
+"""A Flower Grid inside one process: one resident base model, sites one after another, no Ray.
+
+The ClientApp is called as Flower calls it, with messages that are copies, so that nothing is shared by accident.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+_SITE_FAILED = 2
+_FIRST_NODE = 1
+
+
+class InProcessGrid(Grid):
+    """``sites`` nodes that run ``client_app`` when a message for them is pulled.
+
+    Answers are produced one at a time, as the strategy asks for the next, so memory does not grow with the sites.
+    """
+
+    def __init__(self, client_app: ClientApp, sites: int) -> None:
+        # Messages ask for the identity of the running task, which Flower sets in the processes that it starts.
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _FIRST_NODE
+        self._client_app = client_app
+        self._contexts = {
+            _FIRST_NODE + 1 + number: Context(
+                run_id=1,
+                node_id=_FIRST_NODE + 1 + number,
+                node_config={"partition-id": number, "num-partitions": sites},
+                state=RecordDict(),
+                run_config={},
+            )
+            for number in range(sites)
+        }
+        self._pushed: dict[str, Message] = {}
+        self._run: Any = None
+
+    def set_run(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            identity = uuid.uuid4().hex
+            message.metadata.__dict__["_message_id"] = identity
+            self._pushed[identity] = message
+            ids.append(identity)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._answer(self._pushed.pop(identity)) for identity in message_ids if identity in self._pushed]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Answers in the order of ``messages``; sites whose turn would come after ``timeout`` seconds stay silent."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for message in messages:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            (identity,) = self.push_messages([message])
+            yield from self.pull_messages([identity])
+
+    def _answer(self, message: Message) -> Message:
+        sent = copy.deepcopy(message)
+        try:
+            reply = self._client_app(sent, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            # Flower too turns what a ClientApp raises into an error reply, and goes on.
+            return Message(Error(code=_SITE_FAILED, reason=type(error).__name__), reply_to=message)
+        return copy.deepcopy(reply)

@@ -1,0 +1,71 @@
+"""One simulated run: configuration in, run directory out, on either engine."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ..core.config import RunConfig
+from ..core.errors import UserError
+from ..core.progress import SILENT, Watch
+from ..server.app import run_on
+from ..server.rounds import check
+from ..server.rundir import RunDirectory
+from .app import make_simulated_client
+from .engines.flower import run_flower
+from .engines.inprocess import InProcessGrid
+from .scenario import complete, site_data
+
+Engine = Literal["inprocess", "flower"]
+
+
+def default_output(config: RunConfig) -> Path:
+    """``runs/NAME-DATE-TIME`` in the working directory."""
+    return Path("runs") / f"{config.name or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def simulate(
+    config: RunConfig, output: Path | None = None, *, engine: Engine = "inprocess", watch: Watch = SILENT
+) -> dict[str, Any]:
+    """Run a simulated federation and return its run.json (docs/run-directory.md).
+
+    Everything that a person may have got wrong is checked first. Raises :class:`UserError` with one line.
+    """
+    config = complete(config)
+    check(config)
+    site_data(config)
+    output = output or default_output(config)
+    existed = output.exists()
+    try:
+        return _run(config, output, engine, resume=False, watch=watch)
+    except UserError:
+        # A run that never began leaves nothing worth keeping.
+        if not existed and not (output / "run.json").exists():
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def resume(
+    folder: Path, *, rounds: int | None = None, engine: Engine = "inprocess", watch: Watch = SILENT
+) -> dict[str, Any]:
+    """Go on with the run in ``folder`` from its last whole checkpoint; ``rounds`` extends it.
+
+    Raises :class:`UserError` when there is no run, no whole checkpoint, or another process is running it.
+    """
+    with RunDirectory.open(folder) as rundir:
+        config = rundir.config()
+    if rounds is not None:
+        config = config.model_copy(update={"rounds": rounds})
+    check(config)
+    site_data(config)
+    return _run(config, folder, engine, resume=True, watch=watch)
+
+
+def _run(config: RunConfig, output: Path, engine: Engine, *, resume: bool, watch: Watch) -> dict[str, Any]:
+    if engine == "flower":
+        return run_flower(config, output, resume=resume, watch=watch)
+    client = make_simulated_client(output.absolute(), watch)
+    grid = InProcessGrid(client, len(config.site_names))
+    return run_on(grid, config, output, engine=engine, resume=resume, watch=watch)
