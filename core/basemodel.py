@@ -40,7 +40,10 @@ def resolve(name: str) -> str:
     """
     if name.startswith("package:"):
         package, _, folder = name.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        try:
+            found = importlib.util.find_spec(package) if package.isidentifier() else None
+        except ValueError:
+            found = None  # a module that runs as a script has no place of its own
         if found is None or not found.submodule_search_locations:
             raise UserError(f"model {name}: the Python package {package} is not installed")
         path = Path(next(iter(found.submodule_search_locations))) / folder
@@ -76,28 +79,59 @@ def quiet() -> Iterator[None]:
 def load_pretrained(auto_class: Any, name: str, seed: int, **options: Any) -> tuple[nn.Module, set[str]]:
     """`auto_class.from_pretrained` in float32, fresh tensors drawn from ``seed``; also the names of those.
 
-    Raises :class:`UserError` with one line when the model cannot be had.
+    Weights come from safetensors alone and no code from the model's folder runs. Raises :class:`UserError` with one
+    line when the model cannot be had.
     """
     source = resolve(name)
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise UserError(
+            f"model {name}: the folder has no .safetensors file; save_pretrained of transformers writes one"
+        )
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, report = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"model {name}: cannot be loaded: {one_line(error)[:300]}") from None
-    if report.get("mismatched_keys"):
-        odd = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])[0]
-        raise UserError(f"model {name}: tensor {odd} has another shape than the task asks for")
+            model, report = auto_class.from_pretrained(
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                # Refused below, where the tensor can be named.
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except Exception as error:
+        # A damaged or foreign file fails in as many ways as there are architectures.
+        raise _cannot_load(name, source, "the model", error) from None
+    if report["mismatched_keys"]:
+        odd, got, want = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"model {name}: tensor {odd} has shape {list(got)}, expected {list(want)}: a head for other labels than "
+            "task.labels, or a config.json of another model"
+        )
     return model, set(report["missing_keys"])
 
 
 def load_processor(auto_class: Any, name: str) -> Any:
     """The tokenizer or image processor that lies beside the model."""
+    source = resolve(name)
     try:
         with quiet():
-            return auto_class.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {name}: its tokenizer or processor cannot be loaded: {one_line(error)[:300]}") from None
+            processor = auto_class.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _cannot_load(name, source, "its tokenizer or image processor", error) from None
+    if hasattr(processor, "all_special_ids") and len(processor) <= len(set(processor.all_special_ids)):
+        # transformers makes an empty tokenizer where the folder has none.
+        raise UserError(f"model {name}: its tokenizer knows no words; save the tokenizer beside the model")
+    return processor
+
+
+def _cannot_load(name: str, source: str, what: str, error: Exception) -> UserError:
+    if not Path(source).is_dir():
+        return UserError(
+            f"model {name}: no local folder of that name, and the hub did not give {what}: {one_line(error)[:300]}"
+        )
+    return UserError(f"model {name}: {what} cannot be loaded: {one_line(error)[:300]}")
 
 
 def fingerprint(model: nn.Module, fresh: set[str] | frozenset[str] = frozenset()) -> str:
@@ -117,8 +151,17 @@ def fingerprint(model: nn.Module, fresh: set[str] | frozenset[str] = frozenset()
 
 
 def describe(model: nn.Module, processor: Any, missing: set[str], head: tuple[str, ...]) -> BaseModel:
-    """Freeze ``model`` and gather what the federation needs to know of it."""
+    """Freeze ``model`` and gather what the federation needs to know of it.
+
+    ``missing``: tensors that the checkpoint does not hold; ``head``: the modules that the task trains. Raises
+    :class:`UserError` for a missing tensor outside of the head: it would stay random, frozen and unnoticed.
+    """
     fresh = {key for key in missing if any(key.startswith(f"{module}.") for module in head)}
+    if missing - fresh:
+        raise UserError(
+            f"model {getattr(model, 'name_or_path', '')}: the checkpoint lacks tensor {min(missing - fresh)}; it was "
+            "saved from another kind of model, or is not whole"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()

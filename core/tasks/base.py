@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -71,13 +71,36 @@ def create_task(config: TaskConfig) -> Task:
     return _TASKS[config.name](config)
 
 
-def head_modules(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
-    """The head of a Hugging Face model: the first of ``candidates`` that it has as a top-level module."""
-    children = dict(model.named_children())
-    found = tuple(name for name in candidates if name in children)[:1]
-    if not found:
+def head_modules(model: nn.Module, candidates: Sequence[str], missing: Set[str] = frozenset()) -> tuple[str, ...]:
+    """The head of a Hugging Face model: the first of ``candidates`` that it has as a top-level module.
+
+    ``missing``: tensors that the checkpoint does not hold. Modules that had to be made between the base model and the
+    candidate belong to the head too: DistilBERT's ``pre_classifier``, or the pooler of an encoder saved without one.
+    """
+    children = [name for name, _ in model.named_children()]
+    head = [name for name in candidates if name in children][:1]
+    if not head:
         raise UserError(f"{type(model).__name__} has none of the heads {', '.join(candidates)}")
-    return found
+    body = getattr(model, "base_model_prefix", "")
+    made = [name for name in children if name != body and any(key.startswith(f"{name}.") for key in missing)]
+    if any(key.startswith(f"{body}.pooler.") for key in missing):
+        made.append(f"{body}.pooler")
+    return tuple(dict.fromkeys([*head, *made]))
+
+
+def check_text_limits(model: nn.Module, tokenizer: Any, max_length: int) -> None:
+    """Raise :class:`UserError` unless the model has an embedding for every token and every position."""
+    words = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if tokenizer.vocab_size > words:
+        raise UserError(
+            f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {words}; put the model's own beside it"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe"):
+            # RoBERTa counts positions from its padding index on.
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if max_length > limit:
+                raise UserError(f"task.max_length is {max_length}, but the model takes {limit} tokens; set it to that")
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -86,6 +109,11 @@ def padding_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Tell the model the padding token: decoder-only classifiers find the end of a text by it."""
+    model.config.pad_token_id = padding_id(tokenizer)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..basemodel import BaseModel, describe, load_pretrained, load_processor
 from ..config import TaskConfig
-from .base import Batch, Example, pad_tokens, padding_id, register, tokenize
+from .base import Batch, Example, check_text_limits, pad_tokens, padding_id, register, set_padding, tokenize
 
 
 @register("causal-lm")
@@ -34,7 +34,8 @@ class CausalLM:
     def load(self, model: str, config: TaskConfig, seed: int) -> BaseModel:
         tokenizer = load_processor(AutoTokenizer, model)
         network, missing = load_pretrained(AutoModelForCausalLM, model, seed)
-        network.config.pad_token_id = padding_id(tokenizer)
+        set_padding(network, tokenizer)
+        check_text_limits(network, tokenizer, config.max_length)
         return describe(network, tokenizer, missing, ())
 
     def encode(self, inputs: Sequence[Any], labels: Sequence[int] | None, processor: Any) -> list[Example]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..basemodel import BaseModel, describe, load_pretrained, load_processor
 from ..config import TaskConfig
-from .base import Batch, head_modules, padding_id
+from ..errors import UserError
+from .base import Batch, check_text_limits, head_modules, set_padding
 
 
 class Classification:
@@ -29,6 +30,8 @@ class Classification:
         self.max_length = config.max_length
 
     def load(self, model: str, config: TaskConfig, seed: int) -> BaseModel:
+        if len(config.labels) < 2:
+            raise UserError(f"task.labels names {len(config.labels)} labels; {self.name} needs two or more")
         processor = load_processor(self.auto_processor, model)
         network, missing = load_pretrained(
             self.auto_model,
@@ -39,9 +42,9 @@ class Classification:
             label2id={label: i for i, label in enumerate(config.labels)},
         )
         if self.input_kind == "text":
-            # Decoder-only classifiers find the last token of a text by this id.
-            network.config.pad_token_id = padding_id(processor)
-        return describe(network, processor, missing, head_modules(network, self.heads))
+            set_padding(network, processor)
+            check_text_limits(network, processor, config.max_length)
+        return describe(network, processor, missing, head_modules(network, self.heads, missing))
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self._logits(model, batch), batch["labels"], reduction="none")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ..errors import UserError
+from ..errors import PrivateError, UserError, one_line
 from .base import Batch, Example, register
 from .classification import Classification
 
@@ -43,10 +44,27 @@ class ImageClassification(Classification):
 
 
 def _read(image: Any) -> Image.Image:
+    """An 8-bit RGB image. Raises :class:`PrivateError` that names the file: its name may name a person."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _to_rgb(image, "an image")
     try:
         with Image.open(Path(image)) as file:
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        raise UserError(f"{image}: not an image that can be read") from None
+            file.load()
+            return _to_rgb(file, str(image))
+    except UserError:
+        raise
+    except Exception as error:
+        # Pillow has an exception of its own kind for almost every way in which a file can be damaged.
+        raise PrivateError(f"{image}: not an image that can be read: {one_line(error)[:200]}") from None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Pillow's own conversion cuts 16-bit greys off at 255, which turns a radiograph white; they are scaled here."""
+    if image.mode == "F":
+        raise PrivateError(f"{name}: its pixels are floating-point numbers; save it with 8 or 16 bits a pixel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise PrivateError(f"{name}: its pixels do not fit into 16 bits; save it with 8 or 16 bits a pixel")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .base import Batch, Example, pad_tokens, register, tokenize
+from .base import Batch, Example, pad_tokens, padding_id, register, tokenize
 from .classification import Classification
 
 
@@ -25,7 +25,8 @@ class SequenceClassification(Classification):
     inputs = ("input_ids", "attention_mask")
 
     def encode(self, inputs: Sequence[Any], labels: Sequence[int] | None, processor: Any) -> list[Example]:
-        ids = tokenize(processor, inputs, self.max_length)
+        # An empty text has no token where the tokenizer adds none; the padding token stands in.
+        ids = [row or [padding_id(processor)] for row in tokenize(processor, inputs, self.max_length)]
         return [
             {"ids": row, "label": int(label), "length": len(row)}
             for row, label in zip(ids, labels if labels is not None else [0] * len(ids), strict=True)
