@@ -9,12 +9,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UserError
 
@@ -23,6 +33,13 @@ class Section(BaseModel):
     """A part of the configuration: immutable, and without undeclared keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("Input should be a number")
+        return value
 
     def to_json(self) -> str:
         return self.model_dump_json()
@@ -46,6 +63,14 @@ class TaskConfig(Section):
     name: str = "sequence-classification"
     labels: tuple[str, ...] = Field((), description="the label set, in order; empty: the data source's own")
     max_length: int = Field(64, ge=2, description="tokens kept of a text")
+
+    @field_validator("labels")
+    @classmethod
+    def _unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        twice = [label for i, label in enumerate(labels) if label in labels[:i]]
+        if twice:
+            raise ValueError(f"the label `{twice[0]}` is listed twice")
+        return labels
 
 
 class TrainConfig(Section):
@@ -146,7 +171,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = Field("", description="what to call the run; empty: the configuration's file name")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     rounds: int = Field(5, ge=1)
     strategy: str = "fedit"
     strategy_options: dict[str, Any] = Field(default_factory=dict)
@@ -159,6 +184,14 @@ class RunConfig(Section):
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig
+
+    @field_validator("strategy_options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return json.loads(json.dumps(options, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("values are finite numbers, texts, true or false, or lists or sections of these") from None
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -203,11 +236,23 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 
 def _nearest(key: str) -> str:
     keys = known_keys()
-    match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not match:
-        leaf = key.rsplit(".", 1)[-1]
-        match = [full for full in keys if full.rsplit(".", 1)[-1] == leaf][:1]
+    site = re.match(r"data\.sites\.\d+\.", key)
+    if site:
+        keys = [site[0] + name for name in SiteConfig.model_fields]
+    leaf = key.rsplit(".", 1)[-1]
+    match = [full for full in keys if full.rsplit(".", 1)[-1] == leaf]
+    if len(match) != 1:
+        match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or match[:1]
     return f"; did you mean `{match[0]}`?" if match else "; see docs/configuration.md for the keys"
+
+
+#: What pydantic says of Python, said of TOML.
+_WORDS = {
+    "tuple_type": 'Input should be a list, such as ["a", "b"]',
+    "dict_type": "Input should be a section",
+    "model_type": "Input should be a section",
+    "model_attributes_type": "Input should be a section",
+}
 
 
 def _explain(error: ValidationError, where: str) -> UserError:
@@ -217,7 +262,7 @@ def _explain(error: ValidationError, where: str) -> UserError:
         return UserError(f"{where}: unknown key `{key}`{_nearest(key)}")
     if first["type"] == "missing":
         return UserError(f"{where}: `{key}` is missing")
-    message = first["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     value = first.get("input")
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
     return UserError(f"{where}: {f'`{key}`: ' if key else ''}{message}{shown}")
@@ -246,10 +291,10 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment}: write it as key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
-    if key in ("model", "data.path", "start_from") and isinstance(value, str) and Path(value).exists():
-        value = str(Path(value).resolve())  # what a person types is relative to where they stand
+    if key in ("model", "data.path", "start_from") and isinstance(value, str) and _exists(value):
+        value = str(Path(_home(value)).resolve())  # what a person types is relative to where they stand
     *parents, leaf = key.split(".")
     if key not in known_keys() and parents[:1] != ["strategy_options"]:
         raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")
@@ -262,8 +307,20 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     node[leaf] = value
 
 
+def _home(path: str) -> str:
+    # Path.expanduser raises where the home of a `~name` is not known.
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(_home(path)).exists()
+    except (OSError, ValueError):
+        return False  # too long for a path
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a TOML (or JSON) file, apply ``key=value`` overrides (values in TOML; bare words are strings), check everything.
+    """Read a TOML (or JSON) file, apply ``key=value`` overrides (values in TOML; bare words are strings), check it.
 
     Relative ``data.path``, ``data.sites[].path`` and ``./`` model folders are taken from the file's own folder.
     """
@@ -280,6 +337,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"{path}: not valid {kind}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no sections and keys")
     for assignment in overrides:
         _override(values, assignment)
     values.setdefault("name", path.stem)
@@ -288,7 +347,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def _anchor(config: RunConfig, folder: Path) -> RunConfig:
     def absolute(text: str) -> str:
-        return str(folder / text) if text and not Path(text).is_absolute() else text
+        return str(folder / _home(text)) if text else text
 
     sites = tuple(
         site.model_copy(update={"path": absolute(site.path), "model": _model_path(site.model, folder)})

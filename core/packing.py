@@ -166,8 +166,8 @@ def _explain_difference(table: Table, spec: AdapterSpec, sender: str) -> None:
         if spec.by_name[name].shape != shape:
             raise UserError(f"{sender}: {explain_shape(name, shape, spec.by_name[name].shape)}")
     raise UserError(
-        f"{sender}: the adapter differs in its tensors, method, rank, alpha or scaling (here {spec.method}, rank {spec.rank}, "
-        f"alpha {spec.alpha}); use one configuration everywhere"
+        f"{sender}: the adapter differs in its tensors, method, rank, alpha or scaling (here {spec.method}, rank "
+        f"{spec.rank}, alpha {spec.alpha}); use one configuration everywhere"
     )
 
 
@@ -221,7 +221,10 @@ def unpack(
     if table.rest:
         if held is None:
             raise UserError(f"{sender}: the state {table.rest[:12]} that fills the other tensors is not held here")
-        state = state.filled_from(held)
+        try:
+            state = state.filled_from(held)
+        except UserError as error:
+            raise UserError(f"{sender}: the state that fills the other tensors does not fit: {error}") from None
     # A narrow wire rounds the tensors, so only an exact one can be checked.
     if table.wire == "fp32" and state.digest != table.state:
         raise UserError(f"{sender}: the adapter's tensors do not match the digest that was sent with them")
