@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,8 @@ def main() -> None:
     # Telemetry and chatter of the libraries have no place in a hospital's terminal.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     # What a site logs reaches the terminal through the run's own messages.
     logging.getLogger("fedgraft.site").addHandler(logging.NullHandler())

@@ -29,6 +29,7 @@ from ..core.wire import (
     encode_answer,
     encode_refusal,
 )
+from ..privacy.clipping import require_exact
 from ..privacy.ledger import Ledger
 from ..privacy.plan import PrivacyPlan
 from ..privacy.sampling import group_by_unit
@@ -105,6 +106,7 @@ class SiteClient:
         if config.privacy.enabled:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             self._plan(job, config, prepared)
+            require_exact(model.adapter.model, model.adapter.trainables())
         return encode_answer(
             "hello",
             site=site,
@@ -126,6 +128,7 @@ class SiteClient:
         plan = statement = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
+            require_exact(model.adapter.model, model.adapter.trainables())
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             events = prepared.ledger.reserve(plan.event(config.train.local_steps), run=job.run, round=job.round)
             statement = plan.statement(events)

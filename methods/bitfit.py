@@ -38,7 +38,7 @@ def _prepare(model: PeftModel) -> None:
         if ".lora_B." in name:
             torch.nn.init.zeros_(parameter)
     if not biases:
-        raise UserError("the base model has no biases: BitFit would train nothing but the head")
+        raise UserError("the base model has no biases, so BitFit would train nothing but the head; choose ln or lora")
 
 
 def _meaning(name: str) -> tuple[str, Averaging]:

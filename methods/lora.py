@@ -15,7 +15,7 @@ def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: ob
     return LoraConfig(
         task_type=task.peft_type or None,
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=attention_targets(base.model, config),
         layers_to_transform=list(config.layers) or None,

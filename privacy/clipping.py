@@ -1,11 +1,13 @@
 """Exact per-unit clipping through Opacus, for the layers it is right for; a refusal that names the tensor for the rest.
 
 Opacus's hooks are attached to the model in place (never wrapped, so that tensor names stay what they are) and write
-each trainable's per-sample gradient. This file checks that they did, for every trainable, on every batch.
+each trainable's per-sample gradient. This file checks that they did, for every trainable, on every batch, and holds one
+row of the first batch against a backward pass of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -14,6 +16,7 @@ from opacus.grad_sample import GradSampleHooks
 from peft.tuners.lora import LoraLayer
 from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UserError
@@ -21,32 +24,44 @@ from .noise import RandomStream
 
 _EXACT = (nn.Linear, nn.LayerNorm, nn.RMSNorm, Conv1D)
 _EXACT_NORMS = ("RMSNorm", "T5LayerNorm")
+# How far a row may lie from its own backward pass: a wrong rule is wrong by a multiple, bf16 by a few thousandths. The
+# share of the whole row's norm lets pass a tensor whose gradient is zero but for rounding (the bias of attention keys).
+_ROW_TOLERANCE = 0.05
+_WHOLE_TOLERANCE = 0.005
 
 
 class ClippedGradients:
     """Turns per-sample losses into one noisy, clipped gradient a logical batch.
 
     ``trainables``: the parameters that train, by name; ``clip``: C; use as a context manager, since it hooks ``model``.
-    Call :meth:`add` for each physical batch of a step, then :meth:`release`, also for an empty batch.
+    Call :meth:`add` for each physical batch of a step, then :meth:`release`, also for an empty batch. ``skipped`` counts
+    rows left out because they were not finite; it is not noised and must not leave the site.
 
     Guarantee
     ---------
-    With rows that belong to one privacy unit each, the sum that :meth:`release` noises has L2 sensitivity C under
-    add/remove of a unit: each row is scaled by min(1, C / norm), norms and sums in float32 over *all* trainables.
-    Construction raises :class:`UserError` for a trainable without an exact per-sample gradient.
+    With rows that belong to one privacy unit each, and losses that each hang on their own row alone, the sum that
+    :meth:`release` noises has L2 sensitivity C under add/remove of a unit: each row is scaled by min(1, C / norm), norms
+    and sums in float32 (or wider) over *all* trainables. Construction raises :class:`UserError` for a trainable without
+    an exact per-sample gradient, for one that is not listed, and for layers that normalise over the batch.
     """
 
     def __init__(self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> None:
+        if not (clip > 0 and math.isfinite(clip)):
+            raise UserError(f"privacy.clip is {clip:g}; it must be a positive, finite number")
         self.trainables = dict(trainables)
         self.clip = clip
         self.skipped = 0
         self._model = model
-        _require_exact(model, self.trainables)
+        require_exact(model, self.trainables)
+        self._norms = _require_separate(model)
+        self._verified = False
         self._sum: torch.Tensor | None = None
         self._modes: list[tuple[nn.Module, bool]] = []
         self._hooks: GradSampleHooks | None = None
 
     def __enter__(self) -> ClippedGradients:
+        # What an earlier step left unreleased must not join this one's sum.
+        self._sum, self._modes = None, []
         try:
             self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -66,8 +81,9 @@ class ClippedGradients:
             self._hooks = None
         for module, mode in self._modes:
             module.training = mode
-            if hasattr(module, "activations"):
-                del module.activations
+            for leftover in ("activations", "max_batch_len"):
+                if hasattr(module, leftover):
+                    delattr(module, leftover)
         for parameter in self.trainables.values():
             parameter.grad = None
             for leftover in ("grad_sample", "_forward_counter", "_current_grad_sample"):
@@ -80,8 +96,30 @@ class ClippedGradients:
             raise UserError(
                 f"the task gave a loss of shape {list(losses.shape)}; under DP it must be one number an example"
             )
+        if not len(losses):
+            return
+        for path, module in self._norms:
+            if module.training:
+                raise UserError(f"layer {path} normalises over the batch and is in training mode; set it to eval")
+        # Under autocast the sums below would be in half precision, and the bound with them.
+        with torch.autocast(losses.device.type, enabled=False):
+            verify = not self._verified and len(losses) > 1
+            gradients = self._rows(losses, keep_graph=verify)
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            finite = torch.isfinite(norms)
+            if verify:
+                self._verify(losses, gradients, norms)
+            scale = torch.where(finite, (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+            if not bool(finite.all()):
+                self.skipped += int((~finite).sum())
+                gradients = torch.where(finite[:, None], gradients, 0.0)
+            total = scale @ gradients
+            self._sum = total if self._sum is None else self._sum + total
+
+    def _rows(self, losses: torch.Tensor, *, keep_graph: bool) -> torch.Tensor:
+        """Each row's gradient over all trainables, shape (B, P), float32 or wider."""
         rows = len(losses)
-        losses.sum().backward()
+        losses.sum().backward(retain_graph=keep_graph)
         parts = []
         for name, parameter in self.trainables.items():
             sample = getattr(parameter, "grad_sample", None)
@@ -92,23 +130,45 @@ class ClippedGradients:
                     f"tensor {name}: its per-sample gradient does not have one row for each of the {rows} examples; "
                     "it cannot be trained with privacy"
                 )
-            parts.append(
-                sample.reshape(rows, -1).float() if sample.dtype != torch.float64 else sample.reshape(rows, -1)
-            )
+            flat = sample.reshape(rows, -1)
+            parts.append(flat if flat.dtype == torch.float64 else flat.float())
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
-        gradients = torch.cat(parts, dim=1)
-        norms = torch.linalg.vector_norm(gradients, dim=1)
-        finite = torch.isfinite(norms)
-        scale = torch.where(finite, (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        if not bool(finite.all()):
-            self.skipped += int((~finite).sum())
-            gradients = torch.where(finite[:, None], gradients, 0.0)
-        total = scale @ gradients
-        self._sum = total if self._sum is None else self._sum + total
+        return torch.cat(parts, dim=1)
+
+    def _verify(self, losses: torch.Tensor, gradients: torch.Tensor, norms: torch.Tensor) -> None:
+        """Raise :class:`UserError` unless the last usable row equals what its loss alone gives, tensor by tensor.
+
+        Rows that were mixed up (tokens routed between experts, something built once for a whole batch) and uses of a
+        trainable that no hook saw have the right shape; only this tells.
+        """
+        usable = torch.nonzero(torch.isfinite(norms) & (norms > 0))
+        if not len(usable) or self._hooks is None:
+            return
+        row = int(usable[-1])
+        self._hooks.disable_hooks()
+        try:
+            losses[row].backward()
+        finally:
+            self._hooks.enable_hooks()
+        at = 0
+        for name, parameter in self.trainables.items():
+            got = gradients[row, at : at + parameter.numel()]
+            want = torch.zeros_like(got) if parameter.grad is None else parameter.grad.reshape(-1).to(got.dtype)
+            at += parameter.numel()
+            parameter.grad = None
+            slack = _ROW_TOLERANCE * float(want.norm()) + _WHOLE_TOLERANCE * float(norms[row])
+            if not float((got - want).norm()) <= slack:
+                raise _refusal(name, "the hooks gave another gradient than its example alone")
+        self._verified = True
 
     def release(self, noise_multiplier: float, expected_batch: float, stream: RandomStream) -> None:
-        """Write (sum + noise_multiplier * C * N(0, I)) / expected_batch into each parameter's ``grad``."""
+        """Write (sum + noise_multiplier * C * N(0, I)) / expected_batch into each parameter's ``grad``.
+
+        ``noise_multiplier`` and ``expected_batch`` are the plan's; zero noise is for measuring the clipped sum itself.
+        """
+        if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier) and expected_batch > 0):
+            raise ValueError(f"noise multiplier {noise_multiplier} or expected batch {expected_batch} makes no sense")
         total = self._sum
         if total is None:
             first = next(iter(self.trainables.values()))
@@ -124,8 +184,25 @@ class ClippedGradients:
             at += size
 
 
-def _require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> None:
+def _require_separate(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that keep records apart only in eval mode; raises :class:`UserError` for one that never does."""
+    norms = [(path, module) for path, module in model.named_modules() if isinstance(module, _NormBase)]
+    for path, module in norms:
+        if module.running_mean is None:
+            raise UserError(
+                f"layer {path} ({type(module).__name__}) normalises over the batch, which mixes records: "
+                "this model cannot be trained with privacy"
+            )
+    return norms
+
+
+def require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> None:
     """Raise :class:`UserError` that names the first trainable whose owner has no exact per-sample rule."""
+    if not trainables:
+        raise UserError("no tensor trains: there is nothing to clip")
+    for name, parameter in trainables.items():
+        if not parameter.requires_grad:
+            raise UserError(f"tensor {name} is listed as trained but is frozen")
     names = {id(parameter): name for name, parameter in trainables.items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in names:
@@ -136,12 +213,12 @@ def _require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> 
         id(m) for encoder in model.modules() if isinstance(encoder, PrefixEncoder) for m in encoder.modules()
     }
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and any(module.use_dora.values()):
+        if isinstance(module, LoraLayer) and module.lora_variant:
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    raise _refusal(f"{path}.{name}", "DoRA computes its factors' effect outside their own layers")
+                    raise _refusal(f"{path}.{name}", "this variant of LoRA uses it outside its own layer")
         for parameter in module.parameters(recurse=False):
-            if id(parameter) not in names or not parameter.requires_grad:
+            if id(parameter) not in names:
                 continue
             if not (_is_exact(module) or id(module) in per_example):
                 raise _refusal(names[id(parameter)], f"its layer is {type(module).__name__}")
@@ -149,7 +226,7 @@ def _require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> 
                 raise _refusal(names[id(parameter)], "two layers share it")
             covered.add(id(parameter))
     for identity, name in names.items():
-        if identity not in covered and trainables[name].requires_grad:
+        if identity not in covered:
             raise _refusal(name, "no layer of the model owns it")
 
 

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -63,6 +64,7 @@ class Federation:
         self.engine = engine
         self.aggregator = check(config)
         self.started = time.monotonic()
+        self.facts: dict[str, dict[str, float]] = {}
         task = create_task(config.task)
         self.base: BaseModel = task.load(config.model, config.task, config.seed)
         self.adapter = attach(self.base, config.method, task, config.seed)
@@ -136,6 +138,7 @@ class Federation:
     def _fail(self, error: UserError) -> None:
         try:
             self._write("failed", error=one_line(error))
+            write_report(self.rundir.path)
         except UserError:
             # A full disk is the likely cause of both; the first error is the one to tell.
             return
@@ -146,7 +149,6 @@ class Federation:
         """Wait for the sites, ask each who it is, and refuse the run if one does not fit."""
         wanted = set(self.config.site_names)
         deadline = time.monotonic() + self.config.server.join_timeout
-        self.facts: dict[str, dict[str, float]] = {}
         while True:
             self._greet()
             here = set(self.strategy.sites.values())
@@ -235,6 +237,7 @@ class Federation:
         enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
         missing = self.strategy.phase.missing
+        self._log(line)
         if not enough:
             answered = len(self.strategy.phase.metrics)
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
@@ -242,7 +245,6 @@ class Federation:
                 f"round {number}: {answered} of {len(self.config.site_names)} sites answered, the quorum is "
                 f"{self.config.quorum} ({why}); --resume {self.rundir.path} goes on from round {number}"
             )
-        self._log(line)
 
     def _evaluate(self, number: int) -> None:
         began = time.monotonic()
@@ -252,10 +254,10 @@ class Federation:
         self._log(self.strategy.record(time.monotonic() - began))
 
     def _log(self, line: dict[str, Any]) -> None:
-        for site, reason in line["missing"].items():
-            self.watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
         self.rundir.append_metrics(line)
         self.watch.phase_finished(line)
+        for site, reason in line["missing"].items():
+            self.watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
 
     # The end
 
@@ -282,7 +284,7 @@ class Federation:
         shared = sum(spec.by_name[name].size for name in spec.select("share"))
         seconds = self._past["seconds"] + time.monotonic() - self.started
         up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
-        rounds = max((line["round"] for line in trainings), default=0)
+        rounds = self.checkpoint.round
         shares = max(1, sum(len(line["sites"]) for line in trainings))
         sites = {name: self._site(name, evaluations, trainings) for name in self.config.site_names}
         aggregator, method = self.aggregator, create_method(self.config.method.name)
@@ -295,6 +297,7 @@ class Federation:
             "finished": now() if status == "finished" else "",
             "seconds": round(seconds, 2),
             "engine": self.engine,
+            "versions": {name: version(name) for name in ("flwr", "torch", "transformers", "peft", "opacus")},
             "config": self.config.model_dump(mode="json"),
             "config_digest": self.config.digest(),
             "strategy": {
@@ -336,7 +339,7 @@ class Federation:
         answered = [line["sites"][name] for line in trainings if name in line["sites"]]
         scored = [line["sites"][name] for line in evaluations if name in line["sites"]]
         accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
-        facts = getattr(self, "facts", {}).get(name, {})
+        facts = self.facts.get(name, {})
         privacy = next((a["privacy"] for a in reversed(answered) if "privacy" in a), None)
         return {
             "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),

@@ -12,7 +12,7 @@ from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
 from ..server.rounds import check
-from ..server.rundir import RunDirectory
+from ..server.rundir import RunDirectory, read_metrics
 from .app import make_simulated_client
 from .engines.flower import run_flower
 from .engines.inprocess import InProcessGrid
@@ -42,7 +42,7 @@ def simulate(
         return _run(config, output, engine, resume=False, watch=watch)
     except UserError:
         # A run that never began leaves nothing worth keeping.
-        if not existed and not (output / "run.json").exists():
+        if not existed and not read_metrics(output):
             shutil.rmtree(output, ignore_errors=True)
         raise
 

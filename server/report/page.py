@@ -112,7 +112,11 @@ def _epsilon(value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return "∞"
-    return f"{Decimal(repr(float(value))).quantize(Decimal('0.01'), ROUND_CEILING):,}"
+    return f"{_rounded_up(value):,}"
+
+
+def _rounded_up(value: float) -> Decimal:
+    return Decimal(repr(float(value))).quantize(Decimal("0.01"), ROUND_CEILING)
 
 
 def _duration(seconds: float | None) -> str:
@@ -399,16 +403,21 @@ def _privacy(record: Record) -> str:
     return _figure(svg, title, f"By site{delta}, for each {_text(record.unit)}; dashed: the budget.{bold}{seeded}")
 
 
+def _told_epsilon(answer: Mapping[str, Any]) -> float | None:
+    """The epsilon in a site's answer to a round, which holds it by itself or in the whole privacy statement."""
+    value = answer.get("epsilon", (answer.get("privacy") or {}).get("epsilon"))
+    return None if value is None else float(value)
+
+
 def _epsilon_points(record: Record, name: str) -> dict[int, float]:
     """Epsilon by round from nothing before the first.
 
     The last point never shows less than the final statement, which also counts lost rounds.
     """
     points = {
-        number: float(told["epsilon"])
+        number: value
         for number, line in record.by_round("train").items()
-        if (told := (line.get("sites") or {}).get(name) or {}).get("epsilon") is not None
-        and math.isfinite(told["epsilon"])
+        if (value := _told_epsilon((line.get("sites") or {}).get(name) or {})) is not None and math.isfinite(value)
     }
     final = record.privacy.get(name, {}).get("epsilon")
     if points and final is not None and math.isfinite(final):
@@ -438,8 +447,9 @@ def _traffic(record: Record) -> str:
     return _figure(
         charts.bytes_chart(up, down, full),
         title,
-        f'<span class="legend">{ways}</span> Logarithmic. Dashed: the whole model from each site that answered. In '
-        f"all, {_bytes(run.get('bytes_up'))} up and {_bytes(run.get('bytes_down'))} down.",
+        f'<span class="legend">{ways}</span> Logarithmic. Dashed: the whole model from each site that answered; '
+        f"the arrow: down to the busier way. In all, {_bytes(run.get('bytes_up'))} up and "
+        f"{_bytes(run.get('bytes_down'))} down.",
     )
 
 
@@ -542,30 +552,6 @@ _PUBLIC = (
     "The number of records, of units and of held-out records at each site (they weigh the average and show in the "
     "sampling rate), that the site takes part, and when it answers."
 )
-_FEDERATION),
-            ("How it is reckoned", _accounting_words(record)),
-        ]
-    )
-
-
-_TRUST = (
-    "The site alone. It clips and noises on its own machine before anything leaves. The server, the other sites, "
-    "whoever reads the traffic and whoever is given the adapter need not be trusted for this."
-)
-_COVERED = (
-    "The training of the adapter: every noisy step ever taken on the site's data in this run, those of lost and "
-    "repeated rounds included. So it covers all that was sent in training, every round's adapter and the final one, "
-    "whatever is done with them later. Shown is what a site told in its last answer; steps of a round whose answer "
-    "never came are in the site's own ledger and show once it answers again."
-)
-_NOT_COVERED = (
-    "Other runs over the same data, such as a search for good settings: their ε adds to this one. And what the base "
-    "model already held before the run."
-)
-_PUBLIC = (
-    "The number of records, of units and of held-out records at each site (they weigh the average and show in the sampling rate), that the "
-    "site takes part, and when it answers."
-)
 _FEDERATION = (
     "The sites' patients are assumed disjoint, so the ε of the federation is the maximum over sites. If one person's "
     "data lie at two sites, the ε of both add up for that person."
@@ -582,10 +568,11 @@ def _promise_words(record: Record) -> str:
     )
     if worst is None:
         return words + "by a factor of e<sup>ε</sup>, but for a chance of about δ. No noisy step was reported yet."
-    epsilon = worst["epsilon"]
-    factor = f"{math.exp(epsilon):,.3g}" if epsilon < 6.9 else f"{math.exp(epsilon):,.0f}" if epsilon < 20 else ""
+    shown = _epsilon(worst["epsilon"])
+    factor = math.exp(_rounded_up(worst["epsilon"])) if worst["epsilon"] < 20 else None
+    value = "" if factor is None else f" = {factor:,.0f}" if factor >= 100 else f" = {factor:.3g}"
     return (
-        words + f"by a factor of e<sup>ε</sup>{f' = {factor}' if factor else ''} at ε = {_epsilon(epsilon)}, but for a "
+        words + f"by a factor of e<sup>ε</sup>{value} at ε = {shown}, but for a "
         f"chance of about δ = {_number(worst.get('delta'), 'g')}. The smaller both, the less can be told of a {unit}."
     )
 

@@ -236,7 +236,7 @@ def test_promise_is_spelled_out(tmp_path: Path) -> None:
         "number of records, of units and of held-out records at each site",
         "in the site's own ledger",
         "assumed disjoint, so the ε of the federation is the maximum over sites",
-        "by a factor of eε = 2,925 at ε = 7.99, but for a chance of about δ = 0.0001",
+        "by a factor of eε = 2,951 at ε = 7.99, but for a chance of about δ = 0.0001",
     ):
         assert claim in words, claim
     assert "No differential privacy" not in words and "NOT private" not in words
@@ -433,6 +433,22 @@ def test_failed_before_the_first_round(tmp_path: Path) -> None:
     assert "The run failed. site west holds another base model" in page
     assert "Accuracy was not measured" in page and "<svg" not in page
     assert "metrics.jsonl holds no rounds" in page
+
+
+def test_epsilon_is_found_in_a_whole_statement(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    flat = report(folder)
+
+    def wrap(line: dict[str, Any]) -> dict[str, Any]:
+        for answer in line["sites"].values():
+            if "epsilon" in answer:
+                answer["privacy"] = {"enabled": True, "epsilon": answer.pop("epsilon")}
+        return line
+
+    path = folder / "metrics.jsonl"
+    lines = [wrap(json.loads(text)) for text in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert report(folder) == flat
 
 
 def test_running(tmp_path: Path) -> None:
