@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+# The same examples on every run, and no time limit for one: the machine may be busy.
+settings.register_profile("fedgraft", deadline=None, derandomize=True)
+settings.load_profile("fedgraft")
 
 
 @pytest.fixture(scope="session")
