@@ -31,7 +31,7 @@ from ..core.wire import (
 )
 from ..privacy.clipping import require_exact
 from ..privacy.ledger import Ledger
-from ..privacy.plan import PrivacyPlan
+from ..privacy.plan import PrivacyPlan, statement
 from ..privacy.sampling import group_by_unit
 from .data import SiteData, load_site
 from .evaluation import evaluate
@@ -125,13 +125,13 @@ class SiteClient:
     def _train(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
         prepared, model = self._site(job, config, site, context)
         state = self._with_local(self._receive(content, context, model), context)
-        plan = statement = None
+        plan = promise = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables())
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             events = prepared.ledger.reserve(plan.event(config.train.local_steps), run=job.run, round=job.round)
-            statement = plan.statement(events)
+            promise = plan.statement(events)
         result = train(
             model,
             state,
@@ -142,7 +142,7 @@ class SiteClient:
             round=job.round,
             plan=plan,
             on_step=lambda step, loss: self._watch.site_step(
-                site, step, config.train.local_steps, loss, statement.epsilon if statement else None
+                site, step, config.train.local_steps, loss, promise.epsilon if promise else None
             ),
         )
         self._keep_local(result.state, context)
@@ -155,7 +155,7 @@ class SiteClient:
             site=site,
             round=job.round,
             metrics=metrics,
-            privacy=statement,
+            privacy=promise,
             adapter=encode_adapter(shared, wire=config.server.wire_dtype),
         )
 
@@ -165,7 +165,10 @@ class SiteClient:
         metrics: dict[str, float] = {}
         if config.evaluate.release == "exact":
             metrics = evaluate(model, state, prepared.held_out, config)
-        return encode_answer("evaluate", site=site, round=job.round, metrics=metrics)
+        # Said here too, so that the steps of a training whose answer was lost are counted where people look.
+        events = prepared.ledger.events() if config.privacy.enabled else ()
+        privacy = statement(config, events) if events else None
+        return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)
 
     def _config(self, text: str) -> RunConfig:
         if text not in self._configs:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import UserError
 from .noise import RandomStream
 
-_EXACT = (nn.Linear, nn.LayerNorm, nn.RMSNorm, Conv1D)
+_EXACT = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, Conv1D)
 _EXACT_NORMS = ("RMSNorm", "T5LayerNorm")
 # How far a row may lie from its own backward pass: a wrong rule is wrong by a multiple, bf16 by a few thousandths. The
 # share of the whole row's norm lets pass a tensor whose gradient is zero but for rounding (the bias of attention keys).

@@ -100,21 +100,33 @@ class PrivacyPlan:
         )
 
     def statement(self, events: tuple[Event, ...]) -> PrivacyStatement:
-        """What may be told: the guarantee over ``events``, which are all noisy steps ever taken on these data."""
-        return PrivacyStatement(
-            enabled=True,
-            unit=self.unit,
-            epsilon=epsilon(events, self.delta),
-            delta=self.delta,
-            clip=self.clip,
-            noise_multiplier=self.noise_multiplier,
-            sampling_rate=self.sampling_rate,
-            steps=sum(event.steps for event in events),
-            sampler=self.sampler,
-            neighbours=self.neighbours,
-            accountant=self.accountant,
-            private_noise=not self.seeded_noise_not_private,
-        )
+        """:func:`statement` over ``events``, under the settings of this plan."""
+        return _statement(self.unit, self.clip, self.delta, self.seeded_noise_not_private, events)
+
+
+def statement(config: RunConfig, events: tuple[Event, ...]) -> PrivacyStatement:
+    """What may be told of a site: the guarantee over ``events``, which are all noisy steps ever taken on its data."""
+    privacy = config.privacy
+    return _statement(privacy.unit, privacy.clip, privacy.delta, privacy.seeded_noise_not_private, events)
+
+
+def _statement(
+    unit: str, clip: float, delta: float, seeded: bool, events: tuple[Event, ...]
+) -> PrivacyStatement:
+    return PrivacyStatement(
+        enabled=True,
+        unit=unit,
+        epsilon=epsilon(events, delta),
+        delta=delta,
+        clip=clip,
+        noise_multiplier=events[-1].noise_multiplier,
+        sampling_rate=events[-1].sampling_rate,
+        steps=sum(event.steps for event in events),
+        sampler=PrivacyPlan.sampler,
+        neighbours=PrivacyPlan.neighbours,
+        accountant=PrivacyPlan.accountant,
+        private_noise=not seeded,
+    )
 
 
 def _check(unit: str, units: int, batch: int, delta: float) -> None:

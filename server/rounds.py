@@ -340,7 +340,8 @@ class Federation:
         scored = [line["sites"][name] for line in evaluations if name in line["sites"]]
         accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
         facts = self.facts.get(name, {})
-        privacy = next((a["privacy"] for a in reversed(answered) if "privacy" in a), None)
+        spent = [a["privacy"] for a in (*answered, *scored) if "privacy" in a]
+        privacy = max(spent, key=lambda p: p["steps"], default=None)
         return {
             "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),
             "units": int(facts.get("units", 0)),

@@ -203,7 +203,8 @@ class PeftStrategy(Strategy):
             if self.config.privacy.enabled and not privacy.enabled:
                 raise UserError(f"{site}: sent an update without the differential privacy that the run demands")
             self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
-            self.phase.privacy[site] = privacy
+        if answer.privacy is not None:
+            self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics
         self._answered += 1
 
