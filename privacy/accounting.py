@@ -6,6 +6,7 @@ the epsilon reported is an upper bound.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +18,10 @@ from ..core.errors import UserError
 
 #: More noise than this per step leaves nothing to learn from; a plan that needs more is refused.
 MAX_NOISE = 100.0
+#: Less noise than this promises nothing: one step over everybody then costs an epsilon of more than 50.
+MIN_NOISE = 0.1
 _GRID = 1e-3
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, order=True)
@@ -30,12 +34,15 @@ class Event:
     steps: int
 
     def __post_init__(self) -> None:
-        if not self.noise_multiplier > 0:
-            raise ValueError("the noise multiplier must be positive")
+        for value in (self.noise_multiplier, self.sampling_rate):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"noise multiplier and sampling rate are numbers, not {value!r}")
+        if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
+            raise ValueError("the noise multiplier must be positive and finite")
         if not 0 < self.sampling_rate <= 1:
             raise ValueError("the sampling rate must be in (0, 1]")
-        if self.steps < 1:
-            raise ValueError("an event has at least one step")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError("an event has a whole number of steps, at least one")
 
 
 def merged(events: tuple[Event, ...]) -> tuple[Event, ...]:
@@ -75,6 +82,8 @@ def epsilon(events: tuple[Event, ...], delta: float) -> float:
     (epsilon, delta). Trusted: the site alone. Formula: composition of the privacy loss distributions of Poisson-
     subsampled Gaussians, both directions of add/remove, discretised pessimistically at 1e-3.
     """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta {delta} is not between 0 and 1")
     return _epsilon(merged(events), delta) if events else 0.0
 
 
@@ -82,9 +91,9 @@ def epsilon(events: tuple[Event, ...], delta: float) -> float:
 def calibrate_noise(
     target: float, delta: float, sampling_rate: float, steps: int, spent: tuple[Event, ...] = ()
 ) -> float:
-    """The least noise multiplier (to 1e-3) for ``steps`` more steps so that they and ``spent`` stay within ``target``.
+    """The least noise multiplier for ``steps`` more steps so that they and ``spent`` stay within ``target``.
 
-    Raises :class:`UserError` when no noise up to :data:`MAX_NOISE` does.
+    To 2e-3, and never below :data:`MIN_NOISE`. Raises :class:`UserError` when no noise up to :data:`MAX_NOISE` does.
 
     Guarantee
     ---------
@@ -94,28 +103,30 @@ def calibrate_noise(
     def after(noise: float) -> float:
         return epsilon((*spent, Event(noise, sampling_rate, steps)), delta)
 
-    upper = 0.5
-    while upper > 0.1 and after(upper / 2) <= target:
+    upper = 1.6  # halves down to MIN_NOISE; small noise is slow to account for, so the search comes from above
+    while upper > MIN_NOISE and after(upper / 2) <= target:
         upper /= 2
+    if upper <= MIN_NOISE:
+        return upper
     while after(upper) > target:
-        upper *= 2
-        if upper > MAX_NOISE:
-            least = after(MAX_NOISE)
-            if least <= target:
-                break
+        if upper == MAX_NOISE:
             raise UserError(
                 f"privacy.epsilon {target:g} at delta {delta:g} cannot be reached in {steps} steps at sampling rate "
                 f"{sampling_rate:.3g}{' after what was already spent' if spent else ''}: even noise {MAX_NOISE:g} gives "
-                f"{least:.3g}; use fewer rounds or steps, a smaller batch, more data, or a larger epsilon"
+                f"{after(upper):.3g}; use fewer rounds or steps, a smaller batch, more data, or a larger epsilon"
             )
+        upper = min(2 * upper, MAX_NOISE)
     found = dp_accounting.calibrate_dp_mechanism(
         _accountant,
         lambda noise: dp_accounting.ComposedDpEvent(
-            [_dp_event(event) for event in (*merged(spent), Event(noise, sampling_rate, steps))]
+            [_dp_event(event) for event in merged((*spent, Event(noise, sampling_rate, steps)))]
         ),
         target,
         delta,
         ExplicitBracketInterval(upper / 2, upper),
-        tol=1e-3,
+        tol=_TOLERANCE,
     )
+    # The search composes anew and may differ from `epsilon` in the last digits: the promise is the latter's.
+    while after(found) > target:
+        found += _TOLERANCE
     return float(found)

@@ -124,7 +124,10 @@ class ClippedGradients:
         for name, parameter in self.trainables.items():
             sample = getattr(parameter, "grad_sample", None)
             if sample is None:
-                raise UserError(f"tensor {name} got no per-sample gradient; it cannot be trained with privacy")
+                raise UserError(
+                    f"tensor {name} got no per-sample gradient, so nothing is trained; gradient checkpointing, where it is "
+                    "on, must be reentrant"
+                )
             if isinstance(sample, list) or sample.shape != (rows, *parameter.shape):
                 raise UserError(
                     f"tensor {name}: its per-sample gradient does not have one row for each of the {rows} examples; "

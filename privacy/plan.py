@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
-from .accounting import Event, calibrate_noise, epsilon
+from .accounting import MIN_NOISE, Event, calibrate_noise, epsilon
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class PrivacyPlan:
         _check(self.unit, self.units, self.expected_batch, self.delta)
         if self.steps < 1:
             raise UserError("a privacy plan needs at least one step")
-        if not self.clip > 0:
-            raise UserError(f"privacy.clip is {self.clip:g}; without a positive bound there is no guarantee")
-        if not self.noise_multiplier > 0:
+        if not (self.clip > 0 and math.isfinite(self.clip)):
+            raise UserError(f"privacy.clip is {self.clip:g}; without a positive, finite bound there is no guarantee")
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise UserError(f"privacy.epsilon is {self.epsilon:g}; it must be a positive, finite number")
+        if not (self.noise_multiplier >= MIN_NOISE and math.isfinite(self.noise_multiplier)):
             raise UserError(
-                f"the noise multiplier is {self.noise_multiplier:g}; without noise there is no guarantee "
-                "(privacy.enabled = false says so openly)"
+                f"privacy.noise_multiplier is {self.noise_multiplier:g}; below {MIN_NOISE:g} there is no guarantee worth "
+                "the name (privacy.enabled = false says so openly)"
             )
         total = self.final_epsilon
         if total > self.epsilon * (1 + 1e-9):
@@ -130,13 +133,19 @@ def _statement(
 
 
 def _check(unit: str, units: int, batch: int, delta: float) -> None:
+    if unit not in ("record", "patient"):
+        raise UserError(f"privacy.unit is `{unit}`; there are record and patient")
     if units < 1:
         raise UserError(f"there is no {unit} to protect: the site has no training data")
+    if batch < 1:
+        raise UserError(f"train.batch_size is {batch}; it must be at least 1")
     if batch > units:
         raise UserError(
             f"train.batch_size {batch} is more than the site's {units} {unit}s; under DP it is the expected Poisson "
             "sample, so make it smaller than that"
         )
+    if not delta > 0:
+        raise UserError(f"privacy.delta is {delta:g}; it must be above 0")
     if delta >= 1 / units:
         raise UserError(
             f"privacy.delta {delta:g} is not below 1/{units}, the chance of naming one of the {units} {unit}s outright; "
