@@ -50,8 +50,12 @@ def resolve(name: str) -> str:
         if not path.is_dir():
             raise UserError(f"model {name}: the package {package} has no folder {folder}")
         return str(path)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {name}: not a path or a hub name: {one_line(error)[:100]}") from None
+    if is_folder:
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the folder has no config.json")
         return str(path)

@@ -290,9 +290,10 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {assignment}: write it as key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
-        value = text.strip()
+        parsed = {}
+    value = parsed["value"] if len(parsed) == 1 else text.strip()
     if key in ("model", "data.path", "start_from") and isinstance(value, str) and _exists(value):
         value = str(Path(_home(value)).resolve())  # what a person types is relative to where they stand
     *parents, leaf = key.split(".")
@@ -365,6 +366,7 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
 
 def _model_path(model: str, folder: Path) -> str:
     """A relative folder becomes absolute; package: references and hub names stay as they are."""
-    if model.startswith(("./", "../")) or (model and not model.startswith("package:") and (folder / model).is_dir()):
+    beside = model and not model.startswith("package:") and _exists(str(folder / model)) and (folder / model).is_dir()
+    if beside or model.startswith(("./", "../")):
         return str((folder / model).resolve())
     return model
