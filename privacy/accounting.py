@@ -112,8 +112,8 @@ def calibrate_noise(
         if upper == MAX_NOISE:
             raise UserError(
                 f"privacy.epsilon {target:g} at delta {delta:g} cannot be reached in {steps} steps at sampling rate "
-                f"{sampling_rate:.3g}{' after what was already spent' if spent else ''}: even noise {MAX_NOISE:g} gives "
-                f"{after(upper):.3g}; use fewer rounds or steps, a smaller batch, more data, or a larger epsilon"
+                f"{sampling_rate:.3g}{' after what was already spent' if spent else ''}: even noise {MAX_NOISE:g} "
+                f"gives {after(upper):.3g}; use fewer rounds or steps, a smaller batch, more data, or a larger epsilon"
             )
         upper = min(2 * upper, MAX_NOISE)
     found = dp_accounting.calibrate_dp_mechanism(

@@ -16,7 +16,7 @@ from opacus.grad_sample import GradSampleHooks
 from peft.tuners.lora import LoraLayer
 from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UserError
@@ -34,15 +34,15 @@ class ClippedGradients:
     """Turns per-sample losses into one noisy, clipped gradient a logical batch.
 
     ``trainables``: the parameters that train, by name; ``clip``: C; use as a context manager, since it hooks ``model``.
-    Call :meth:`add` for each physical batch of a step, then :meth:`release`, also for an empty batch. ``skipped`` counts
-    rows left out because they were not finite; it is not noised and must not leave the site.
+    Call :meth:`add` for each physical batch of a step, then :meth:`release`, also for an empty batch. ``skipped``
+    counts rows left out because they were not finite; it is not noised and must not leave the site.
 
     Guarantee
     ---------
     With rows that belong to one privacy unit each, and losses that each hang on their own row alone, the sum that
-    :meth:`release` noises has L2 sensitivity C under add/remove of a unit: each row is scaled by min(1, C / norm), norms
-    and sums in float32 (or wider) over *all* trainables. Construction raises :class:`UserError` for a trainable without
-    an exact per-sample gradient, for one that is not listed, and for layers that normalise over the batch.
+    :meth:`release` noises has L2 sensitivity C under add/remove of a unit: each row is scaled by min(1, C / norm),
+    norms and sums in float32 (or wider) over *all* trainables. Construction raises :class:`UserError` for a trainable
+    without an exact per-sample gradient, for one that is not listed, and for layers that normalise over the batch.
     """
 
     def __init__(self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> None:
@@ -100,7 +100,7 @@ class ClippedGradients:
             return
         for path, module in self._norms:
             if module.training:
-                raise UserError(f"layer {path} normalises over the batch and is in training mode; set it to eval")
+                raise UserError(f"layer {path} keeps statistics of the batch while in training mode; set it to eval")
         # Under autocast the sums below would be in half precision, and the bound with them.
         with torch.autocast(losses.device.type, enabled=False):
             verify = not self._verified and len(losses) > 1
@@ -125,8 +125,8 @@ class ClippedGradients:
             sample = getattr(parameter, "grad_sample", None)
             if sample is None:
                 raise UserError(
-                    f"tensor {name} got no per-sample gradient, so nothing is trained; gradient checkpointing, where it is "
-                    "on, must be reentrant"
+                    f"tensor {name} got no per-sample gradient, so nothing is trained; gradient checkpointing, where "
+                    "it is on, must be reentrant"
                 )
             if isinstance(sample, list) or sample.shape != (rows, *parameter.shape):
                 raise UserError(
@@ -189,9 +189,13 @@ class ClippedGradients:
 
 def _require_separate(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that keep records apart only in eval mode; raises :class:`UserError` for one that never does."""
-    norms = [(path, module) for path, module in model.named_modules() if isinstance(module, _NormBase)]
-    for path, module in norms:
-        if module.running_mean is None:
+    norms: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, _NormBase):
+            continue
+        if module.running_mean is not None:
+            norms.append((path, module))
+        elif isinstance(module, _BatchNorm):
             raise UserError(
                 f"layer {path} ({type(module).__name__}) normalises over the batch, which mixes records: "
                 "this model cannot be trained with privacy"
@@ -215,11 +219,11 @@ def require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> N
     per_example = {
         id(m) for encoder in model.modules() if isinstance(encoder, PrefixEncoder) for m in encoder.modules()
     }
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and module.lora_variant:
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    raise _refusal(f"{path}.{name}", "this variant of LoRA uses it outside its own layer")
+    for module in model.modules():
+        variants = module.lora_variant if isinstance(module, LoraLayer) else None
+        for parameter in module.parameters() if variants else ():
+            if id(parameter) in names:
+                raise _refusal(names[id(parameter)], "this variant of LoRA uses it outside its own layer")
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in names:
                 continue

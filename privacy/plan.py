@@ -52,8 +52,8 @@ class PrivacyPlan:
             raise UserError(f"privacy.epsilon is {self.epsilon:g}; it must be a positive, finite number")
         if not (self.noise_multiplier >= MIN_NOISE and math.isfinite(self.noise_multiplier)):
             raise UserError(
-                f"privacy.noise_multiplier is {self.noise_multiplier:g}; below {MIN_NOISE:g} there is no guarantee worth "
-                "the name (privacy.enabled = false says so openly)"
+                f"privacy.noise_multiplier is {self.noise_multiplier:g}; below {MIN_NOISE:g} there is no guarantee "
+                "worth the name (privacy.enabled = false says so openly)"
             )
         total = self.final_epsilon
         if total > self.epsilon * (1 + 1e-9):
@@ -113,9 +113,7 @@ def statement(config: RunConfig, events: tuple[Event, ...]) -> PrivacyStatement:
     return _statement(privacy.unit, privacy.clip, privacy.delta, privacy.seeded_noise_not_private, events)
 
 
-def _statement(
-    unit: str, clip: float, delta: float, seeded: bool, events: tuple[Event, ...]
-) -> PrivacyStatement:
+def _statement(unit: str, clip: float, delta: float, seeded: bool, events: tuple[Event, ...]) -> PrivacyStatement:
     return PrivacyStatement(
         enabled=True,
         unit=unit,
@@ -148,6 +146,6 @@ def _check(unit: str, units: int, batch: int, delta: float) -> None:
         raise UserError(f"privacy.delta is {delta:g}; it must be above 0")
     if delta >= 1 / units:
         raise UserError(
-            f"privacy.delta {delta:g} is not below 1/{units}, the chance of naming one of the {units} {unit}s outright; "
-            "make it smaller"
+            f"privacy.delta {delta:g} is not below 1/{units}, the chance of naming one of the {units} {unit}s "
+            "outright; make it smaller"
         )

@@ -1,4 +1,4 @@
-"""How updates become the next global adapter: pure rules over adapter states, and the Flower strategy that hosts them."""
+"""How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
 from . import averaging, frozen_factor
 from .aggregator import Aggregator, Capabilities, create_aggregator, strategies, strategy

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.adapter import AdapterState
-from ..core.errors import UserError
+from ..core.errors import UserError, one_line
 from ..core.update import Update
 
 
@@ -43,8 +43,8 @@ class Options(BaseModel):
 class Aggregator(ABC):
     """One aggregation rule. A subclass needs :meth:`add` and :meth:`result`; the rest has working defaults.
 
-    A round is: :meth:`start_round`, then :meth:`add` for each update as it comes, in the order of the sites' names, then
-    :meth:`result`. Updates hold the tensors whose policy is ``share``. Nothing else may be kept of them than what
+    A round is: :meth:`start_round`, then :meth:`add` for each update as it comes, in the order of the sites' names,
+    then :meth:`result`. Updates hold the tensors whose policy is ``share``. Nothing else may be kept of them than what
     the equation needs, so that memory does not grow with the number of sites.
     """
 
@@ -55,7 +55,7 @@ class Aggregator(ABC):
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Any = None) -> None:
-        self.options = options if options is not None else self.Options()
+        self.options: Any = options if options is not None else self.Options()
 
     def prepare(self, initial: AdapterState) -> AdapterState:
         """The adapter that the federation starts from: its values, and its tensors' policies."""
@@ -94,7 +94,7 @@ def strategy(name: str) -> Callable[[A], A]:
 
     def add(cls: A) -> A:
         known = _STRATEGIES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"a strategy called {name} is registered already, by {known.__module__}")
         cls.name = name
         _STRATEGIES[name] = cls
@@ -103,25 +103,54 @@ def strategy(name: str) -> Callable[[A], A]:
     return add
 
 
+def _load(entry: EntryPoint) -> None:
+    """Register the strategy that an installed package offers. Raises :class:`UserError` that names the package."""
+    package = entry.dist.name if entry.dist is not None else entry.value
+    try:
+        cls = entry.load()
+        if not (isinstance(cls, type) and issubclass(cls, Aggregator)):
+            raise TypeError(f"{entry.value} is not a subclass of Aggregator")
+        strategy(entry.name)(cls)
+    except Exception as error:  # a plugin may fail in any way
+        raise UserError(
+            f"strategy `{entry.name}` of the package {package} cannot be loaded: {one_line(error)}"
+        ) from None
+
+
 def strategies() -> dict[str, type[Aggregator]]:
     """All strategies by name: the built-in ones and those that installed packages offer."""
     for entry in entry_points(group=_GROUP):
         if entry.name not in _STRATEGIES:
-            strategy(entry.name)(entry.load())
+            _load(entry)
     return dict(sorted(_STRATEGIES.items()))
 
 
 def create_aggregator(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
-    """The strategy called ``name`` with ``options`` checked. Raises :class:`UserError` in one line."""
-    known = strategies()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"unknown strategy `{name}`; {hint}")
-    cls = known[name]
+    """The strategy called ``name`` with ``options`` checked. Raises :class:`UserError` in one line.
+
+    Of the installed packages only the one that offers ``name`` is loaded, so that another's fault does no harm.
+    """
+    if name not in _STRATEGIES:
+        offered = {entry.name: entry for entry in entry_points(group=_GROUP)}
+        if name not in offered:
+            raise UserError(f"unknown strategy `{name}`; {_nearest(name, {*_STRATEGIES, *offered})}")
+        _load(offered[name])
+    cls = _STRATEGIES[name]
     try:
         return cls(cls.Options.model_validate(dict(options or {})))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"strategy_options.{key}: {first['msg']} (strategy `{name}`)") from None
+        key = ".".join(("strategy_options", *(str(part) for part in first["loc"])))
+        if first["type"] == "extra_forbidden":
+            near = _nearest(str(first["loc"][-1]), cls.Options.model_fields)
+            raise UserError(f"{key}: strategy `{name}` has no such option; {near}") from None
+        raise UserError(f"{key}: {first['msg']} (strategy `{name}`)") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what ``name`` may have meant."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"there are {', '.join(known)}" if known else "it has none"

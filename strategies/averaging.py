@@ -14,7 +14,7 @@ class RunningMean:
     """A weighted mean of adapter states that holds one running sum, in float64, whatever the number of sites.
 
     ``add(state, w)`` then ``result()`` gives sum w_k theta_k / sum w_k. Raises :class:`UserError` for a weight that is
-    not positive and finite, a non-finite tensor, or tensors that differ from the first state's.
+    not positive and finite, a non-finite tensor, or tensors (or their scaling) that differ from the first state's.
     """
 
     def __init__(self) -> None:
@@ -23,17 +23,14 @@ class RunningMean:
         self.weight = 0.0
 
     def add(self, state: AdapterState, weight: float) -> None:
-        if not np.isfinite(weight) or weight <= 0:
+        if not (weight > 0 and np.isfinite(self.weight + weight)):
             raise UserError(f"the weight of an update is {weight}; it must be a positive number")
         state.require_finite()
         if self._first is None:
             self._first = state
             self._sum = {name: np.zeros(array.shape) for name, array in state.items()}
-        elif tuple(state) != tuple(self._first):
-            raise UserError("two updates differ in their tensors")
+        _require_alike(state, self._first)
         for name, array in state.items():
-            if array.shape != self._sum[name].shape:
-                raise UserError(explain_shape(name, array.shape, self._sum[name].shape))
             # numpy multiplies a float32 array by a float scalar in float32: widen first.
             self._sum[name] += array.astype(np.float64) * weight
         self.weight += weight
@@ -46,7 +43,20 @@ class RunningMean:
             first.spec,
             {name: (self._sum[name] / total).astype(first[name].dtype) for name in first},
             names=tuple(first),
-        )
+        ).require_finite()
+
+
+def _require_alike(state: AdapterState, first: AdapterState) -> None:
+    """Raise :class:`UserError` unless numbers of ``state`` mean the same as those of ``first``."""
+    if tuple(state) != tuple(first):
+        odd = min(set(state) ^ set(first), default="")
+        raise UserError(f"two updates differ in their tensors: {odd or 'in their order'}")
+    for name, array in state.items():
+        if array.shape != first[name].shape:
+            raise UserError(explain_shape(name, array.shape, first[name].shape))
+    # Factors under another scale or layout have the right shapes, and a mean that is worse than none.
+    if state.spec.pairs != first.spec.pairs:
+        raise UserError("two updates scale or lay out their low-rank factors differently; set method.alpha alike")
 
 
 @strategy("fedit")

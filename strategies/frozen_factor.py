@@ -22,9 +22,9 @@ class FrozenFactorOptions(Options):
 class FFA(FedIT):
     """FFA-LoRA: A is frozen and equal everywhere, B is averaged, so mean(B_k) A = mean(B_k A) exactly.
 
-    Under DP the noise on A, and the product of noises, fall away. Rows of A are made orthonormal and keep their mean
-    length, so that the scale of dW for a given B does not depend on the draw. Source: Sun et al. 2024, "Improving
-    LoRA in Privacy-preserving Federated Learning", arXiv 2403.12313.
+    Under DP the noise on A, and the product of noises, fall away. Rows of A are made orthogonal and keep their root
+    mean square length, so that the scale of dW for a given B does not depend on the draw. Source: Sun et al. 2024,
+    "Improving LoRA in Privacy-preserving Federated Learning", arXiv 2403.12313.
     """
 
     summary = "A frozen (orthonormal), B = sum p_k B_k"
@@ -47,7 +47,7 @@ class FFA(FedIT):
 
 
 def orthonormal_rows(a: np.ndarray) -> np.ndarray:
-    """A matrix (r, n) whose rows span those of ``a``, orthogonal, each as long as the rows of ``a`` on average.
+    """A matrix (r, n) of orthogonal rows that span those of ``a``, each of their root mean square length.
 
     Signs are fixed by the diagonal of R, so the result is a function of ``a`` alone. Needs r <= n.
     """
