@@ -48,7 +48,7 @@ class Section(BaseModel):
 class MethodConfig(Section):
     """Which PEFT method, and how large."""
 
-    name: str = "lora"
+    name: str = Field("lora", description="a method of `fedgraft methods`")
     rank: int = Field(8, ge=1, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA factors")
@@ -60,7 +60,7 @@ class MethodConfig(Section):
 class TaskConfig(Section):
     """What is learned, and what an example looks like."""
 
-    name: str = "sequence-classification"
+    name: str = Field("sequence-classification", description="or causal-lm, image-classification")
     labels: tuple[str, ...] = Field((), description="the label set, in order; empty: the data source's own")
     max_length: int = Field(64, ge=2, description="tokens kept of a text")
 
@@ -81,15 +81,15 @@ class TrainConfig(Section):
         32, ge=1, description="logical batch; under DP the expected Poisson batch, in privacy units"
     )
     micro_batch: int = Field(64, ge=1, description="examples in one forward pass (gradient accumulation)")
-    lr: float = Field(0.1, gt=0)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="learning rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="starts afresh every round")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (SGD), decoupled (AdamW)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over all steps of the run")
-    warmup_steps: int = Field(0, ge=0)
-    max_grad_norm: float = Field(0.0, ge=0, description="clip the batch gradient without DP; 0: do not")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, at the start of the run")
+    max_grad_norm: float = Field(0.0, ge=0, description="clip the batch gradient; without DP only; 0: do not")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the forward pass")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     base_dropout: bool = Field(False, description="keep the base model's own dropout active while training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
@@ -97,10 +97,10 @@ class TrainConfig(Section):
 class PrivacyConfig(Section):
     """The promise to the people in the data. On unless switched off by name."""
 
-    enabled: bool = True
-    epsilon: float = Field(8.0, gt=0)
-    delta: float = Field(1e-5, gt=0, lt=1)
-    unit: Literal["record", "patient"] = "record"
+    enabled: bool = Field(True, description="false: nothing is promised, and the report says so")
+    epsilon: float = Field(8.0, gt=0, description="budget of each site for the whole run")
+    delta: float = Field(1e-5, gt=0, lt=1, description="below 1 / units of every site")
+    unit: Literal["record", "patient"] = Field("record", description="whose data the promise protects")
     clip: float = Field(1.0, gt=0, description="L2 bound C on one unit's gradient")
     noise_multiplier: float = Field(0.0, ge=0, description="noise std over clip; 0: the least that keeps epsilon")
     seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
@@ -113,14 +113,14 @@ class ServerConfig(Section):
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's answers")
     join_timeout: float = Field(120.0, gt=0, description="seconds to wait for the sites to appear")
     wire_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="dtype of the tensors on the wire")
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the last rounds' checkpoints stay")
 
 
 class EvaluateConfig(Section):
     """Local evaluation on each site's held-out records."""
 
     every: int = Field(1, ge=0, description="evaluate after every n-th round; 0: only before and after the run")
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, description="examples in one forward pass")
     release: Literal["exact", "none"] = Field(
         "exact", description="exact: counts over held-out records leave the site; none: nothing does"
     )
@@ -140,13 +140,13 @@ class DataConfig(Section):
 
     source: str = Field("files", description="files, or a built-in source such as icd10")
     path: str = Field("", description="one CSV, JSONL, Parquet file or image folder that is dealt to the sites")
-    sites: tuple[SiteConfig, ...] = Field(min_length=1)
-    partition: Literal["iid", "dirichlet"] = "dirichlet"
+    sites: tuple[SiteConfig, ...] = Field(min_length=1, description="names, or tables `[[data.sites]]`")
+    partition: Literal["iid", "dirichlet"] = Field("dirichlet", description="how `data.path` is dealt to the sites")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small: more skew")
-    text_column: str = "text"
-    label_column: str = "label"
-    image_column: str = "image"
-    patient_column: str = "patient"
+    text_column: str = Field("text", description="column of the text")
+    label_column: str = Field("label", description="column of the label")
+    image_column: str = Field("image", description="column of the image file, relative to the table")
+    patient_column: str = Field("patient", description="column of the patient key, for patient-level privacy")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held out by patient where there is a patient column")
     max_per_class: int = Field(0, ge=0, description="training records kept of a class; 0: all")
     test_per_class: int = Field(0, ge=0, description="held-out records kept of a class; 0: all")
@@ -172,9 +172,9 @@ class RunConfig(Section):
 
     name: str = Field("", description="what to call the run; empty: the configuration's file name")
     seed: int = Field(0, ge=0, lt=2**63)
-    rounds: int = Field(5, ge=1)
-    strategy: str = "fedit"
-    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    rounds: int = Field(5, ge=1, description="rounds of training and aggregation")
+    strategy: str = Field("fedit", description="a strategy of `fedgraft strategies`")
+    strategy_options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
     model: str = Field(description="package:NAME/FOLDER, a local folder, or a hub name")
     start_from: str = Field("", description="a PEFT adapter folder to start from; empty: a fresh adapter")
     method: MethodConfig = MethodConfig()
@@ -197,8 +197,6 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.server.quorum > len(self.data.sites):
             raise ValueError(f"server.quorum is {self.server.quorum} but there are {len(self.data.sites)} sites")
-        if self.privacy.enabled and self.train.max_grad_norm > 0:
-            raise ValueError("train.max_grad_norm clips the batch gradient; under DP set privacy.clip instead")
         return self
 
     def __hash__(self) -> int:

@@ -1,4 +1,4 @@
-"""The Flower ServerApp of a deployment: the configuration file and the output folder come from the run configuration."""
+"""The Flower ServerApp of a deployment: configuration file and output folder come from the run configuration."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def percent(value: float | None) -> str:
 
 
 class Live(Watch):
-    """A bar over the whole run with round, site, step, loss, epsilon and bytes; plain lines where there is no terminal."""
+    """A bar over the whole run with round, site, step, loss, epsilon and bytes; plain lines without a terminal."""
 
     def __init__(self, console: Console, config: RunConfig) -> None:
         self.console = console

@@ -88,7 +88,8 @@ def _clipping() -> str:
         fast = torch.cat([p.grad.reshape(-1) for p in parameters.values() if p.grad is not None])
     slow = torch.zeros_like(fast)
     for row in x:
-        single = torch.cat([g.reshape(-1) for g in torch.autograd.grad(losses(row[None]).sum(), [*parameters.values()])])
+        parts = torch.autograd.grad(losses(row[None]).sum(), [*parameters.values()])
+        single = torch.cat([part.reshape(-1) for part in parts])
         slow += single * min(1.0, 0.5 / float(single.norm()))
     error = float((fast - slow).norm() / slow.norm())
     if error > 1e-9:

@@ -61,7 +61,7 @@ def labels() -> tuple[str, ...]:
 def icd10_sites(config: RunConfig) -> dict[str, SiteData]:
     """Every site's data: chapters skewed over sites, whole categories held out, 1 to 8 phrases a synthetic patient.
 
-    ``data.max_per_class`` and ``data.test_per_class`` bound the phrases of a chapter, since a third of the table is injuries.
+    ``data.max_per_class`` and ``data.test_per_class`` bound the phrases of a chapter: half of the table is injuries.
     """
     rng = np.random.default_rng([config.seed, 10])
     texts: dict[str, list[str]] = {"train": [], "test": []}

@@ -19,7 +19,7 @@ def class_shares(classes: int, sites: int, alpha: float | None, rng: np.random.G
 
 
 def deal(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Indices of each site's records: every class is shuffled and cut by its row of ``shares``; none is lost or doubled."""
+    """Indices of each site's records: every class is shuffled and cut by its row of ``shares``."""
     sites: list[list[np.ndarray]] = [[] for _ in range(shares.shape[1])]
     for label in range(shares.shape[0]):
         members = rng.permutation(np.flatnonzero(labels == label))
