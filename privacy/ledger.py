@@ -124,19 +124,16 @@ class Ledger:
 def _line(entry: dict[str, Any], before: str) -> bytes:
     """``entry`` as a line: chained to the line before, and with its own hash."""
     chained = {**entry, "before": before}
-    return json.dumps({**chained, "sha256": _digest(chained)}, sort_keys=True).encode()
-
-
-def _digest(chained: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(chained, sort_keys=True).encode()).hexdigest()
+    own = hashlib.sha256(json.dumps(chained, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**chained, "sha256": own}, sort_keys=True).encode()
 
 
 def _checked(line: bytes, before: str) -> dict[str, Any] | None:
     """The entry in ``line``, or None when it is not whole, not the one written, or does not follow ``before``."""
     try:
         entry = json.loads(line)
-        chained = {key: value for key, value in entry.items() if key != "sha256"}
-        if entry["before"] != before or entry["sha256"] != _digest(chained):
+        content = {key: value for key, value in entry.items() if key not in ("before", "sha256")}
+        if line != _line(content, before):
             return None
         Event(entry["noise_multiplier"], entry["sampling_rate"], entry["steps"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

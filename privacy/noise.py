@@ -35,8 +35,9 @@ class RandomStream:
         return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
 
     def uniform(self, count: int) -> np.ndarray:
-        """Uniforms in the open interval (0, 1), float64, 53 bits."""
-        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        """Uniforms in the open interval (0, 1), float64, 52 bits."""
+        # With 53 bits the half would be rounded away above 1/2, and the largest value to 1.
+        return ((self.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, count: int) -> np.ndarray:
         """Standard normals, float64, by Box and Muller (1958)."""
@@ -46,7 +47,7 @@ class RandomStream:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def below(self, bounds: np.ndarray) -> np.ndarray:
-        """One integer in [0, bound) for each bound; the bias of flooring 53-bit uniforms is under bound * 2^-53."""
+        """One integer in [0, bound) for each bound; the bias of flooring 52-bit uniforms is under bound * 2^-52."""
         return np.floor(self.uniform(len(bounds)) * bounds).astype(np.int64)
 
     def permutation(self, count: int) -> np.ndarray:
