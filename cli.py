@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -39,13 +40,21 @@ def main() -> None:
     logging.getLogger("fedgraft.site").addHandler(logging.NullHandler())
     logging.getLogger("fedgraft.site").propagate = False
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         print(f"fedgraft: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
-    except KeyboardInterrupt:
+    except Exception as error:
+        # Typer may bring its own copy of click, so its usage errors are known by what they can do.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise SystemExit(USER_ERROR) from None
+        print(f"fedgraft: {' '.join(error.format_message().split())} See fedgraft --help.", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    if code == INTERRUPTED:
         print("fedgraft: stopped; a run that had begun can be resumed with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -149,7 +150,9 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
             raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
     peft_config = method.configure(config, task, base)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT remarks that a LayerNorm is a LayerNorm, and that it corrects the layout for GPT-2.
+            warnings.filterwarnings("ignore", category=UserWarning, module="peft")
             torch.manual_seed(seed)
             model = get_peft_model(base.model, peft_config)
     except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError, RuntimeError) as error:

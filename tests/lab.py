@@ -1,0 +1,114 @@
+"""Adapters on tiny models, with batches of uneven texts: what the tests of methods and of privacy stand on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fedgraft.core.adapter import AdapterState
+from fedgraft.core.basemodel import BaseModel
+from fedgraft.core.config import MethodConfig, TaskConfig
+from fedgraft.core.tasks import Batch, Task, create_task
+from fedgraft.methods import AttachedAdapter, attach
+from PIL import Image
+from torch import nn
+
+TEXT, IMAGE, LM = "sequence-classification", "image-classification", "causal-lm"
+LABELS = ("a", "b", "c")
+_ALL = ("bitfit", "dora", "ia3", "ln", "lora", "prefix", "prompt", "rslora")
+_LORA = ("lora", "rslora", "dora")
+#: Which methods fit which (family, task).
+FITS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("bert", TEXT): _ALL,
+    ("roberta", TEXT): _ALL,
+    ("gpt2", TEXT): tuple(m for m in _ALL if m != "prompt"),
+    ("llama", TEXT): tuple(m for m in _ALL if m not in ("prompt", "bitfit")),
+    ("t5", TEXT): (*_LORA, "ia3", "ln"),
+    ("vit", IMAGE): (*_LORA, "bitfit", "ia3", "ln"),
+    ("gpt2", LM): _ALL,
+    ("llama", LM): tuple(m for m in _ALL if m != "bitfit"),
+}
+CASES = [(family, task, method) for (family, task), methods in FITS.items() for method in methods]
+UNFIT = [(family, task, method) for (family, task), fit in FITS.items() for method in _ALL if method not in fit]
+#: The methods whose every trainable has an exact per-sample gradient.
+EXACT = ("lora", "rslora", "bitfit", "ln", "prefix")
+
+
+def pixels(length: int, seed: int) -> Image.Image:
+    """A random image (its size hangs on ``length``; the processor brings it to the model's)."""
+    side = 8 + length
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+class Lab:
+    """Loads each tiny model once and hands out copies."""
+
+    def __init__(self, folder: Callable[..., str], text: Callable[[int, int], str]) -> None:
+        self._folder, self._text = folder, text
+        self._bases: dict[tuple[str, str], BaseModel] = {}
+
+    def task(self, name: str) -> Task:
+        return create_task(TaskConfig(name=name, labels=LABELS))
+
+    def base(self, family: str, task: str) -> BaseModel:
+        """A base model of one's own to attach to, equal at every call."""
+        if (family, task) not in self._bases:
+            config = TaskConfig(name=task, labels=LABELS)
+            self._bases[family, task] = create_task(config).load(self._folder(family, task), config, seed=5)
+        base = self._bases[family, task]
+        return replace(base, model=copy.deepcopy(base.model))
+
+    def attach(self, family: str, task: str, method: str, *, seed: int = 1, **settings: Any) -> AttachedAdapter:
+        config = MethodConfig(name=method, **{"rank": 4, "alpha": 8.0, "virtual_tokens": 3, **settings})
+        return attach(self.base(family, task), config, self.task(task), seed)
+
+    def records(self, family: str, task: str, lengths: Sequence[int], seed: int = 0) -> list[Any]:
+        """One encoded example for each length in words; labels go round."""
+        make = pixels if task == IMAGE else self._text
+        inputs = [make(length, 1000 * seed + i) for i, length in enumerate(lengths)]
+        labels = [(seed + i) % len(LABELS) for i in range(len(lengths))]
+        return list(self.task(task).encode(inputs, labels, self.base(family, task).processor))
+
+    def batch(self, family: str, task: str, records: Sequence[Any]) -> Batch:
+        return self.task(task).collate(records, self.base(family, task).processor)
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of each example in the model's own precision; the tasks' losses go through float32."""
+        kind = next(model.parameters()).dtype
+        inputs = {k: v.to(kind) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
+        logits = model(**inputs).logits
+        if "labels" in batch:
+            return F.cross_entropy(logits, batch["labels"], reduction="none")
+        ids, mask = batch["input_ids"], batch["attention_mask"][:, 1:]
+        logits = logits[:, -ids.shape[1] :][:, :-1]
+        tokens = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        return (tokens * mask).sum(1) / mask.sum(1)
+
+    @staticmethod
+    def shaken(adapter: AttachedAdapter, seed: int = 0, by: float = 0.1) -> AdapterState:
+        """A state without zeros, written into ``adapter``: LoRA's B starts at zero and would hide errors."""
+        random = np.random.default_rng(seed)
+        fresh = adapter.read()
+        state = AdapterState(
+            adapter.spec, {n: (a + by * random.standard_normal(a.shape)).astype(a.dtype) for n, a in fresh.items()}
+        )
+        adapter.write(state)
+        return state
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Arguments ``fitting`` and ``unfitting``: each (family, task, method) that does; ``exact``: those fit for DP."""
+    for name, cases in (
+        ("fitting", CASES),
+        ("unfitting", UNFIT),
+        ("exact", [case for case in CASES if case[2] in EXACT]),
+    ):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, cases, ids=["-".join(case) for case in cases])
