@@ -54,7 +54,7 @@ def methods() -> list[Method]:
 def create_method(name: str) -> Method:
     """The method called ``name``. Raises :class:`UserError` with the nearest right name."""
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=1)
+        near = difflib.get_close_matches(name.lower(), _METHODS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(_METHODS))}"
         raise UserError(f"unknown method `{name}`; {hint}")
     return _METHODS[name]

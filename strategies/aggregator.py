@@ -150,7 +150,7 @@ def create_aggregator(name: str, options: Mapping[str, Any] | None = None) -> Ag
 def _nearest(name: str, known: Iterable[str]) -> str:
     """A hint at what ``name`` may have meant."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     if near:
         return f"did you mean `{near[0]}`?"
     return f"there are {', '.join(known)}" if known else "it has none"

@@ -1,4 +1,4 @@
-"""An adapter as a PEFT folder: plain PEFT computes the same from it, it comes back the same, a strange one is refused."""
+"""An adapter as a PEFT folder: plain PEFT computes the same, it comes back the same, a strange one is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_plain_peft_computes_the_same_and_it_comes_back_the_same(lab: Any, fitti
 def test_a_folder_that_plain_peft_wrote_is_read(lab: Any, tmp_path: Path) -> None:
     base = lab.base(*BERT)
     plain = get_peft_model(base.model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, lora_dropout=0.3))
-    for name, parameter in plain.named_parameters():
+    for parameter in plain.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     plain.save_pretrained(tmp_path)
@@ -153,11 +153,17 @@ def test_a_truncated_file_is_refused(lab: Any, saved: Callable[..., Path], keep:
     _refused(lab.attach(*BERT, "lora"), folder, "not a PEFT adapter folder")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"peft_type": "NONSENSE"}', "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"peft_type": "NONSENSE"}', "null"])
 def test_a_broken_configuration_is_refused(lab: Any, saved: Callable[..., Path], content: str) -> None:
     folder = saved()
     (folder / CONFIG).write_text(content)
     _refused(lab.attach(*BERT, "lora"), folder, "not a PEFT adapter folder")
+
+
+def test_a_configuration_without_a_type_is_refused(lab: Any, saved: Callable[..., Path]) -> None:
+    folder = saved()
+    (folder / CONFIG).write_text("{}")
+    _refused(lab.attach(*BERT, "lora"), folder, "its peft_type is None, this run's is LORA")
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
