@@ -152,7 +152,9 @@ def test_read_only_memory_is_not_copied():
 
 
 def test_big_endian_arrays_become_native():
-    state = AdapterState(spec_of(("a", (2,))), {"a": np.array([1.0, 2.0], ">f4")})
+    swapped = np.array([1.0, 2.0], ">f4")
+    swapped.flags.writeable = False
+    state = AdapterState(spec_of(("a", (2,))), {"a": swapped})
     assert state["a"].dtype == np.dtype("f4") and state["a"].dtype.isnative
     np.testing.assert_array_equal(state["a"], [1.0, 2.0])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fedgraft.core.basemodel import BaseModel, fingerprint, load_pretrained, quiet, resolve
+from fedgraft.core.basemodel import BaseModel, describe, fingerprint, load_pretrained, quiet, resolve
 from fedgraft.core.config import TaskConfig
 from fedgraft.core.tasks import create_task
 from safetensors.torch import load_file, save_file
@@ -158,8 +158,12 @@ def test_fewer_than_two_labels_are_refused(labels, bert, refused):
 
 
 def test_pickled_weights_are_not_read(bert, refused):
-    (bert / "model.safetensors").unlink()
-    torch.save({}, bert / "pytorch_model.bin")
+    weights = bert / "model.safetensors"
+    torch.save(load_file(weights), bert / "pytorch_model.bin")
+    weights.rename(bert / "adapter_model.safetensors")
+    with refused("the model cannot be loaded"):
+        load(bert)
+    (bert / "adapter_model.safetensors").unlink()
     with refused("has no .safetensors file"):
         load(bert)
 
@@ -195,6 +199,9 @@ def test_a_base_model_is_frozen_float32_and_in_evaluation_mode(bert):
     assert {p.dtype for p in parameters} == {torch.float32}
     assert not any(module.training for module in base.model.modules())
     assert base.parameters == sum(p.numel() for p in parameters) and base.bytes == 4 * base.parameters
+    again = describe(base.model.train().requires_grad_(True), base.processor, set(), base.head)
+    assert not any(module.training for module in again.model.modules())
+    assert not any(p.requires_grad for p in again.model.parameters())
 
 
 def test_loading_leaves_the_random_state_and_the_log_level_alone(bert):
