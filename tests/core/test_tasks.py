@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -401,6 +403,7 @@ def test_images_in_memory_are_taken_as_files_are(prepared, pictures):
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "not an image that can be read"),
         (lambda path: flip(path, 12), "not an image that can be read"),
         (lambda path: flip(path, 40), "not an image that can be read"),
+        (lambda path: claim(path, 60_000), "not an image that can be read"),
         (lambda path: Image.fromarray(np.zeros((4, 4), "f4")).save(path, "TIFF"), "floating-point"),
         (lambda path: Image.fromarray(np.full((4, 4), 70000, "i4")).save(path, "TIFF"), "do not fit into 16 bits"),
     ],
@@ -415,6 +418,13 @@ def test_an_image_that_cannot_be_read_is_named(spoil, words, prepared, tmp_path,
         task.collate(examples, base.processor)
     with pytest.raises(PrivateError):
         task.collate(examples, base.processor)
+
+
+def claim(path, size: int) -> None:
+    """Let the header of a small PNG claim so many pixels that reading it would fill the memory."""
+    raw = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", size, size) + raw[24:29]
+    path.write_bytes(raw[:12] + header + struct.pack(">I", zlib.crc32(header)) + raw[33:])
 
 
 def flip(path, at: int) -> None:
