@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -26,11 +28,35 @@ settings.load_profile("fedgraft")
 @pytest.fixture(scope="session")
 def tinymodels() -> ModuleType:
     """The module `tests/tinymodels.py`, which no test can import by name: its words, sizes, tokenizers and builders."""
-    spec = importlib.util.spec_from_file_location("tinymodels", Path(__file__).with_name("tinymodels.py"))
+    return _beside("tinymodels")
+
+
+def _beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tinyfederation() -> ModuleType:
+    """The module `tests/tinyfederation.py`: its labels, sites and helpers."""
+    return _beside("tinyfederation")
+
+
+@pytest.fixture(scope="session")
+def tiny_federation(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., str],
+    tinymodels: ModuleType,
+    tinyfederation: ModuleType,
+) -> Any:
+    """A `TinyFederation`: three sites, a tiny BERT and a CSV file of 600 records, run in this process in a second."""
+    records = tinyfederation.rows(tinymodels.WORDS)
+    table = tinyfederation.write_csv(tmp_path_factory.mktemp("records") / "records.csv", records)
+    return tinyfederation.TinyFederation(tiny_model("bert"), table, tuple(records))
 
 
 @pytest.fixture(scope="session")
