@@ -50,7 +50,7 @@ def main() -> None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             raise SystemExit(USER_ERROR) from None
-        print(f"fedgraft: {' '.join(error.format_message().split())} See fedgraft --help.", file=sys.stderr)
+        print(f"fedgraft: {' '.join(error.format_message().split()).rstrip('.')}; see fedgraft --help", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
     if code == INTERRUPTED:
         print("fedgraft: stopped; a run that had begun can be resumed with --resume", file=sys.stderr)
