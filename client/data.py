@@ -83,7 +83,8 @@ def read_records(path: str | Path, config: RunConfig) -> Records:
         )
     patients = None
     if data.patient_column in rows[0]:
-        patients = _column(rows, data.patient_column, path, "data.patient_column")
+        # As texts without blanks around them, so that one person does not count as two.
+        patients = [str(key).strip() for key in _column(rows, data.patient_column, path, "data.patient_column")]
     elif config.privacy.enabled and config.privacy.unit == "patient":
         raise PrivateError(
             f"{path}: no column `{data.patient_column}` (columns: {', '.join(map(str, rows[0]))}); the privacy unit is "
@@ -133,7 +134,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 return list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","))
         if kind in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            with path.open(encoding="utf-8-sig") as file:
+                return [_object(line, number, path) for number, line in enumerate(file, 1) if line.strip()]
         if kind == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
@@ -141,13 +143,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     raise PrivateError(f"{path}: not a CSV, TSV, JSONL or Parquet file, nor an image folder")
 
 
+def _object(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise PrivateError(f"{path}: line {number} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise PrivateError(f"{path}: line {number} is not a JSON object")
+    return value
+
+
 def _column(rows: list[dict[str, Any]], column: str, path: Path, key: str) -> list[Any]:
-    if not isinstance(rows[0], dict) or column not in rows[0]:
-        have = ", ".join(map(str, rows[0])) if isinstance(rows[0], dict) else "none"
-        raise PrivateError(f"{path}: no column `{column}` (columns: {have}); set {key}")
+    if column not in rows[0]:
+        raise PrivateError(f"{path}: no column `{column}` (columns: {', '.join(map(str, rows[0]))}); set {key}")
     values = [row.get(column) for row in rows]
     for number, value in enumerate(values, 1):
-        if value is None or value == "":
+        # NaN, which differs from itself, is how tables from pandas say that a cell is empty.
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
             raise PrivateError(f"{path}: record {number} has no `{column}`")
     return values
 
