@@ -25,6 +25,9 @@ from ..core.wire import (
 )
 from .aggregator import Aggregator
 
+#: The tolerance of the plan's own promise, so that an epsilon reached exactly is not refused.
+_ROUNDING = 1e-9
+
 
 @dataclass
 class Phase:
@@ -42,10 +45,9 @@ class Phase:
 class PeftStrategy(Strategy):
     """Federated PEFT with any aggregation rule on Flower's Message API.
 
-    ``sites`` maps Flower's node ids to site names; ``job`` is what every instruction says of the run. The global adapter
-    is :attr:`state`; the ``arrays`` that Flower's ``Strategy`` passes around are its packed form. Messages go out, and
-    updates are summed, in the order of the sites' names. A site that already holds the global adapter, from the
-    evaluation before, is not sent it again.
+    ``sites`` maps Flower's node ids to site names. The global adapter is :attr:`state`; the ``arrays`` that Flower's
+    ``Strategy`` passes around are its packed form. Messages go out, and updates are summed, in the order of the sites'
+    names. A site that already holds the global adapter, from the evaluation before, is not sent it again.
     """
 
     def __init__(
@@ -173,8 +175,11 @@ class PeftStrategy(Strategy):
         site = self.sites.get(reply.metadata.src_node_id)
         if reply.has_error():
             # Flower names the node of a crashed site only sometimes; an unnamed one is found missing at the end.
-            if site is not None:
+            if site is not None and site not in self.phase.metrics:
                 self._excuse(site, f"its process failed: {reply.error.reason}")
+            return
+        if site in self.phase.metrics:
+            # What a site says a second time must not count twice, nor undo what it said first.
             return
         try:
             answer = decode_answer(reply.content, self.phase.kind, site or "an unknown site")
@@ -200,13 +205,30 @@ class PeftStrategy(Strategy):
             if records <= 0:
                 raise UserError(f"{site}: trained on {records:g} records")
             privacy = answer.privacy or PrivacyStatement(enabled=False)
-            if self.config.privacy.enabled and not privacy.enabled:
-                raise UserError(f"{site}: sent an update without the differential privacy that the run demands")
+            if self.config.privacy.enabled:
+                self._require_promise(site, privacy, answer.metrics)
             self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
         if answer.privacy is not None:
             self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics
         self._answered += 1
+
+    def _require_promise(self, site: str, promise: PrivacyStatement, metrics: Mapping[str, float]) -> None:
+        """Raise :class:`UserError` unless the site says that it kept to the run's privacy."""
+        asked = self.config.privacy
+        if not promise.enabled:
+            raise UserError(f"{site}: sent an update without the differential privacy that the run demands")
+        if "loss" in metrics:
+            raise UserError(f"{site}: sent its training loss, which no noise protects")
+        if promise.unit != asked.unit:
+            raise UserError(f"{site}: protects each {promise.unit}, the run demands each {asked.unit}")
+        if promise.delta > asked.delta or promise.epsilon > asked.epsilon * (1 + _ROUNDING):
+            raise UserError(
+                f"{site}: spent epsilon {promise.epsilon:.4g} at delta {promise.delta:g}, the run allows "
+                f"{asked.epsilon:g} at {asked.delta:g}"
+            )
+        if not promise.private_noise and not asked.seeded_noise_not_private:
+            raise UserError(f"{site}: drew its noise from a seed, which the run does not allow")
 
     def _excuse(self, site: str, reason: str) -> None:
         # What a failed site holds is unknown: the next instruction carries the whole adapter.
