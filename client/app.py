@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig, config_from_json
-from ..core.errors import UserError
+from ..core.errors import PrivateError, UserError, one_line
 from ..core.packing import agree
 from ..core.progress import SILENT, Watch
 from ..core.tasks import Example
@@ -92,11 +92,11 @@ class SiteClient:
             content = handler(job, config, site, message.content, context)
         except _StateNotHeldError as error:
             content = encode_refusal(error, site=site, round=number, code=NEEDS_STATE)
-        except UserError as error:
-            log.error("%s", error)
-            content = encode_refusal(error, site=site, round=number)
         except Exception as error:
-            log.exception("site %s failed", site)
+            log.error("site %s: %s", site, one_line(error), exc_info=not isinstance(error, UserError))
+            if isinstance(error, PrivateError) or not isinstance(error, UserError):
+                # The answer says less than this, and whoever watches sits at the site.
+                self._watch.note(f"site {site}: {one_line(error)}")
             content = encode_refusal(error, site=site, round=number)
         self._watch.site_finished(kind, site)
         return Message(content, reply_to=message)

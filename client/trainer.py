@@ -205,7 +205,7 @@ class _training_mode:
         if settings.base_dropout:
             model.train()
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()
         for name, module in model.named_modules():
             if ".lora_dropout" in name:

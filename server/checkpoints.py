@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.adapter import AdapterState
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
-from .files import cannot_write, sync_file, sync_folder, write_json
+from .files import write_folder, write_json
 
 _MANIFEST = "checkpoint.json"
 _SCHEMA = 1
@@ -32,37 +32,21 @@ def save(folder: Path, checkpoint: Checkpoint, config_digest: str, keep: int) ->
 
     Raises :class:`UserError` when the disk is full or read-only; earlier checkpoints stay as they are.
     """
-    final = folder / f"round-{checkpoint.round:04d}"
-    beside = folder / f".{final.name}.new"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+
+    def fill(beside: Path) -> None:
         parts = {"adapter": checkpoint.state, **{f"memory-{k}": v for k, v in checkpoint.memory.items()}}
         sums = {}
         for name, state in parts.items():
             path = beside / f"{name}.safetensors"
             state.save(path)
-            sync_file(path)
             sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         write_json(
             beside / _MANIFEST,
             {"schema": _SCHEMA, "round": checkpoint.round, "config_digest": config_digest, "files": sums},
         )
-        sync_folder(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise cannot_write(final, error) from None
-    except Exception as error:
-        # safetensors reports a full disk by an exception of its own.
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{final}: cannot be written: {' '.join(str(error).split())}") from None
-    for old in sorted(folder.glob("round-*"))[:-keep]:
+
+    write_folder(folder / _name(checkpoint.round), fill)
+    for old in _by_round(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -71,8 +55,8 @@ def load_last(folder: Path, watch: Watch = SILENT) -> Checkpoint:
 
     Raises :class:`UserError` when there is none.
     """
-    found = sorted(folder.glob("round-*"), reverse=True)
-    for path in found:
+    found = _by_round(folder)
+    for path in reversed(found):
         try:
             return _load(path)
         except UserError as error:
@@ -80,6 +64,14 @@ def load_last(folder: Path, watch: Watch = SILENT) -> Checkpoint:
     if found:
         raise UserError(f"{folder}: none of the {len(found)} checkpoints is whole; start the run again")
     raise UserError(f"{folder}: there is no checkpoint to resume from")
+
+
+def _name(round: int) -> str:
+    return f"round-{round:04d}"
+
+
+def _by_round(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _load(path: Path) -> Checkpoint:
@@ -90,6 +82,8 @@ def _load(path: Path) -> Checkpoint:
         raise UserError(f"{path}: the checkpoint is corrupt (no readable {_MANIFEST})") from None
     if schema != _SCHEMA:
         raise UserError(f"{path}: checkpoint schema {schema}, this version reads {_SCHEMA}")
+    if path.name != _name(number):
+        raise UserError(f"{path}: the checkpoint is corrupt ({_MANIFEST} says that it is of round {number})")
     states = {}
     for name, expected in sums.items():
         try:

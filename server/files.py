@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ..core.errors import UserError
 
@@ -38,9 +42,36 @@ def write_text(path: Path, text: str) -> None:
         raise cannot_write(path, error) from None
 
 
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Replace the folder ``path`` by what ``fill`` writes into an empty one, whole or not at all.
+
+    Raises :class:`UserError` when the disk is full or read-only.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        fill(beside)
+        for file in beside.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        sync_folder(beside)
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+        sync_folder(path.parent)
+    except UserError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise cannot_write(path, error) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written: {error.strerror or error}; free the disk or choose another --output")
+def cannot_write(path: Path, error: OSError | SafetensorError) -> UserError:
+    why = getattr(error, "strerror", None) or error
+    return UserError(f"{path}: cannot be written: {why}; free the disk or choose another --output")

@@ -24,6 +24,7 @@ from ..strategies import Aggregator, create_aggregator
 from ..strategies.flower import PeftStrategy
 from . import checkpoints
 from .checkpoints import Checkpoint
+from .files import write_folder
 from .report import write_report
 from .rundir import RunDirectory, now
 
@@ -42,10 +43,17 @@ def check(config: RunConfig) -> Aggregator:
         for site in config.data.sites:
             if site.rank and site.rank != config.method.rank:
                 raise UserError(
-                    f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and strategy "
-                    f"`{config.strategy}` cannot mix ranks; give all sites one rank"
+                    f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and "
+                    f"strategy `{config.strategy}` cannot mix ranks; give all sites one rank"
                 )
     return aggregator
+
+
+def tell(watch: Watch, line: dict[str, Any]) -> None:
+    """Show ``watch`` a line of metrics.jsonl, and each site that is missing in it."""
+    watch.phase_finished(line)
+    for site, reason in line["missing"].items():
+        watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
 
 
 class Federation:
@@ -65,6 +73,7 @@ class Federation:
         self.aggregator = check(config)
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
+        self._noted: set[str] = set()
         task = create_task(config.task)
         self.base: BaseModel = task.load(config.model, config.task, config.seed)
         self.adapter = attach(self.base, config.method, task, config.seed)
@@ -150,14 +159,14 @@ class Federation:
         wanted = set(self.config.site_names)
         deadline = time.monotonic() + self.config.server.join_timeout
         while True:
-            self._greet()
+            self._greet(refuse=True)
             here = set(self.strategy.sites.values())
             if here >= wanted or (time.monotonic() > deadline and len(here) >= self.config.quorum):
                 break
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{len(here)} of {len(wanted)} sites joined within {self.config.server.join_timeout:g} s, the quorum "
-                    f"is {self.config.quorum}; missing: {', '.join(sorted(wanted - here))}"
+                    f"{len(here)} of {len(wanted)} sites joined within {self.config.server.join_timeout:g} s, the "
+                    f"quorum is {self.config.quorum}; missing: {', '.join(sorted(wanted - here))}"
                 )
             time.sleep(_POLL)
         for site in sorted(wanted - here):
@@ -165,8 +174,11 @@ class Federation:
         first = self.checkpoint.round + 1
         self.watch.run_started(first_round=first, rounds=self.config.rounds, sites=self.facts)
 
-    def _greet(self) -> None:
-        """Ask nodes that are not known yet for their name, base model and adapter."""
+    def _greet(self, *, refuse: bool) -> None:
+        """Ask nodes that are not known yet for their name, base model and adapter.
+
+        ``refuse``: whether one that does not fit ends the run, or is only told of and left out.
+        """
         nodes = set(self.grid.get_node_ids())
         for gone in set(self.strategy.sites) - nodes:
             del self.strategy.sites[gone]
@@ -182,10 +194,20 @@ class Federation:
         ]
         for reply in self.grid.send_and_receive(messages, timeout=self.config.server.join_timeout):
             if reply.has_error():
-                self.watch.note(f"a node failed to answer: {reply.error.reason}")
+                self._note_once(f"a node failed to answer: {reply.error.reason}")
                 continue
-            answer = decode_answer(reply.content, "hello", f"node {reply.metadata.src_node_id}")
-            self._admit(reply.metadata.src_node_id, answer)
+            try:
+                answer = decode_answer(reply.content, "hello", f"node {reply.metadata.src_node_id}")
+                self._admit(reply.metadata.src_node_id, answer)
+            except UserError as error:
+                if refuse:
+                    raise
+                self._note_once(f"{error}; the run goes on without it")
+
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self.watch.note(text)
 
     def _admit(self, node: int, answer: Answer) -> None:
         if answer.error:
@@ -212,7 +234,7 @@ class Federation:
             self._evaluate(0)
         every = self.config.evaluate.every
         for number in range(self.checkpoint.round + 1, self.config.rounds + 1):
-            self._greet()
+            self._greet(refuse=False)
             self._train(number)
             if number == self.config.rounds or (every and number % every == 0):
                 self._evaluate(number)
@@ -255,9 +277,7 @@ class Federation:
 
     def _log(self, line: dict[str, Any]) -> None:
         self.rundir.append_metrics(line)
-        self.watch.phase_finished(line)
-        for site, reason in line["missing"].items():
-            self.watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
+        tell(self.watch, line)
 
     # The end
 
@@ -265,11 +285,8 @@ class Federation:
         """The final adapter as a PEFT folder."""
         task = create_task(self.config.task)
         base = task.load(self.config.model, self.config.task, self.config.seed)
-        folder = self.rundir.adapter
-        try:
-            attach(base, self.config.method, task, self.config.seed).save_peft(folder, self.strategy.state)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        adapter = attach(base, self.config.method, task, self.config.seed)
+        write_folder(self.rundir.adapter, lambda folder: adapter.save_peft(folder, self.strategy.state))
 
     def _write(self, status: str, error: str = "") -> dict[str, Any]:
         values = self._summary(status, error)

@@ -125,6 +125,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         found = values.get("schema") if isinstance(values, dict) else None
         raise UserError(f"{path}: schema {found}, this version reads {SCHEMA}")
+    lacking = [key for key in ("run", "config", "status", "started", "resumed", "model") if key not in values]
+    if lacking:
+        raise UserError(f"{path}: has no `{lacking[0]}`; it was changed, or is not one of fedgraft's")
     return values
 
 

@@ -27,6 +27,7 @@ from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.progress import SILENT, Watch
 from ...server.files import write_text
+from ...server.rounds import tell
 from ...server.rundir import read_metrics, read_run
 
 _APP = f"""\
@@ -87,8 +88,8 @@ def run_flower(config: RunConfig, output: Path, *, resume: bool, watch: Watch = 
                 "--federation-config",
                 f"num-supernodes={len(config.site_names)} client-resources-num-cpus=1 client-resources-num-gpus={gpus}",
             ]
-            log = _follow(command, home, output, watch)
-        return _outcome(output, before, log)
+            log = _follow(command, home, output, before, watch)
+        return _outcome(output, before, log, watch)
 
 
 def _path() -> str:
@@ -161,7 +162,7 @@ def _end(pid: int) -> None:
             process.kill()
 
 
-def _follow(command: list[str], home: Path, output: Path, watch: Watch) -> Path:
+def _follow(command: list[str], home: Path, output: Path, before: list[Any] | None, watch: Watch) -> Path:
     """Run `flwr run`, pass on each line of metrics.jsonl as it appears, and return its log."""
     log = home / "run.log"
     seen = len(read_metrics(output))
@@ -176,25 +177,36 @@ def _follow(command: list[str], home: Path, output: Path, watch: Watch) -> Path:
                 # A resumed run drops the lines of the round that it repeats.
                 seen = min(seen, len(lines))
                 for line in lines[seen:]:
-                    watch.phase_finished(line)
+                    tell(watch, line)
                 seen = len(lines)
-                if output.joinpath("run.json").exists() and read_run(output)["status"] == "failed":
+                if _failed(output, before):
                     break
             for line in read_metrics(output)[seen:]:
-                watch.phase_finished(line)
+                tell(watch, line)
         finally:
             _end(process.pid)
             process.wait()
     return log
 
 
-def _outcome(output: Path, before: list[Any] | None, log: Path) -> dict[str, Any]:
+def _failed(output: Path, before: list[Any] | None) -> bool:
+    """Whether this attempt has failed; the run.json of an earlier one still lists ``before`` as what was resumed."""
+    if not output.joinpath("run.json").exists():
+        return False
+    run = read_run(output)
+    return run["status"] == "failed" and run["resumed"] != before
+
+
+def _outcome(output: Path, before: list[Any] | None, log: Path, watch: Watch) -> dict[str, Any]:
     if output.joinpath("run.json").exists():
         run = read_run(output)
-        if run["status"] == "finished":
-            return run
-        if run["status"] == "failed" and run.get("resumed") != before:
-            raise UserError(run["error"])
+        if run["resumed"] != before:
+            if run["resumed"] and run["resumed"][-1]["note"]:
+                watch.note(run["resumed"][-1]["note"])
+            if run["status"] == "finished":
+                return run
+            if run["status"] == "failed":
+                raise UserError(run["error"])
     kept = output / "flower.log"
     with contextlib.suppress(OSError):
         shutil.copyfile(log, kept)

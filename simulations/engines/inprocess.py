@@ -6,6 +6,7 @@ The ClientApp is called as Flower calls it, with messages that are copies, so th
 from __future__ import annotations
 
 import copy
+import math
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -71,13 +72,17 @@ class InProcessGrid(Grid):
         return [self._answer(self._pushed.pop(identity)) for identity in message_ids if identity in self._pushed]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answers in the order of ``messages``; sites whose turn would come after ``timeout`` seconds stay silent."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for message in messages:
-            if deadline is not None and time.monotonic() > deadline:
+        """Answers in the order of ``messages``; one that is not there after ``timeout`` seconds is never given."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        pending = iter(messages)
+        while time.monotonic() <= deadline:
+            message = next(pending, None)
+            if message is None:
                 return
             (identity,) = self.push_messages([message])
-            yield from self.pull_messages([identity])
+            replies = self.pull_messages([identity])
+            if time.monotonic() <= deadline:
+                yield from replies
 
     def _answer(self, message: Message) -> Message:
         sent = copy.deepcopy(message)
