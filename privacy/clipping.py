@@ -145,8 +145,9 @@ class ClippedGradients:
         Rows that were mixed up (tokens routed between experts, something built once for a whole batch) and uses of a
         trainable that no hook saw have the right shape; only this tells.
         """
-        usable = torch.nonzero(torch.isfinite(norms) & (norms > 0))
-        if not len(usable) or self._hooks is None:
+        usable = torch.nonzero(norms > 0)
+        # A row that is not finite spoils the backward pass of every other: the next batch is verified instead.
+        if not len(usable) or not bool(torch.isfinite(norms).all()) or self._hooks is None:
             return
         row = int(usable[-1])
         self._hooks.disable_hooks()
