@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
 from fedgraft.client.resident import resident
 from fedgraft.client.trainer import by_length
 from fedgraft.core.config import RunConfig, parse_config
@@ -29,8 +32,6 @@ from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.sampling import shuffled_batches
 from fedgraft.simulations.run import simulate
 from fedgraft.simulations.scenario import complete, site_data
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 WORDS = [f"w{number}" for number in range(200)]
 RESULTS = Path(__file__).parent / "results"

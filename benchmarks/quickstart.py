@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from fedgraft.simulations.run import simulate
 from fedgraft.simulations.scenario import load_scenario
 

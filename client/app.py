@@ -15,7 +15,6 @@ from flwr.clientapp import ClientApp
 from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
-from ..core.packing import agree
 from ..core.progress import SILENT, Watch
 from ..core.tasks import Example
 from ..core.wire import (
@@ -76,7 +75,7 @@ class SiteClient:
         self._configs: OrderedDict[str, RunConfig] = OrderedDict()
         self._prepared: dict[tuple[str, str], _Prepared] = {}
         # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
-        self._states: OrderedDict[str, tuple[AdapterState, RecordDict]] = OrderedDict()
+        self._states: OrderedDict[tuple[str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
 
     def answer(self, kind: Kind, message: Message, context: Context) -> Message:
         """Do what the instruction says; a failure becomes a one-line answer that names the site."""
@@ -211,15 +210,14 @@ class SiteClient:
         held = context.state.config_records.get("held.digest", ConfigRecord()).get("state")
         if table.rest and held != table.rest:
             raise _StateNotHeldError(f"the adapter {table.rest[:12]} that the instruction builds on is not held here")
-        if table.state not in self._states:
+        key = (table.state, table.spec)
+        if key not in self._states:
             rest = self._held(context, spec) if table.rest else None
             state = decode_adapter(content, spec, sender="the server", held=rest)
-            self._states[table.state] = (state, encode_adapter(state, wire="fp32"))
+            self._states[key] = (state, encode_adapter(state, wire="fp32"))
             while len(self._states) > 2:
                 self._states.popitem(last=False)
-        state, packed = self._states[table.state]
-        if agree(table, spec, "the server") != state.spec:
-            raise UserError("the server: two descriptions of one adapter")
+        state, packed = self._states[key]
         if held != table.state:
             context.state["held.digest"] = ConfigRecord({"state": table.state})
             context.state["held.adapter"] = packed["adapter"]
@@ -227,9 +225,6 @@ class SiteClient:
         return state
 
     def _held(self, context: Context, spec: AdapterSpec) -> AdapterState:
-        digest = str(context.state.config_records["held.digest"]["state"])
-        if digest in self._states:
-            return self._states[digest][0]
         content = RecordDict({"adapter": context.state["held.adapter"], "table": context.state["held.table"]})
         return decode_adapter(content, spec, sender="this site's own memory")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,32 @@ def fingerprint(model: nn.Module, fresh: set[str] | frozenset[str] = frozenset()
     return total.hexdigest()
 
 
+#: Entries of a model's configuration that say where it came from or what the task made of it, not what it computes.
+_INCIDENTAL = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def identity(weights: str, model: nn.Module, processor: Any) -> str:
+    """SHA-256 over the fingerprint of the weights, the architecture's settings and the tokenizer or image processor.
+
+    The same bytes under another number of heads, or behind another vocabulary, are another model.
+    """
+    config: Any = model.config
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _INCIDENTAL}
+    backend = getattr(processor, "backend_tokenizer", None)
+    reader = backend.to_str() if backend is not None else processor.to_json_string()
+    text = json.dumps([weights, settings, reader], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe(model: nn.Module, processor: Any, missing: set[str], head: tuple[str, ...]) -> BaseModel:
     """Freeze ``model`` and gather what the federation needs to know of it.
 
@@ -172,7 +199,7 @@ def describe(model: nn.Module, processor: Any, missing: set[str], head: tuple[st
     return BaseModel(
         model=model,
         processor=processor,
-        fingerprint=fingerprint(model, fresh),
+        fingerprint=identity(fingerprint(model, fresh), model, processor),
         head=head,
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -9,9 +9,10 @@ import io
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from fedgraft.server.rundir import read_metrics, read_run
 from fedgraft.simulations.display import closing_lines, final_table, phase_line
-from rich.console import Console
 
 
 def main(folder: Path) -> None:

@@ -201,6 +201,8 @@ class PeftStrategy(Strategy):
         if self.phase.kind == "train":
             shared = self.state.spec.select("share")
             state = decode_adapter(reply.content, self.state.spec, sender=site, names=shared)
+            if state.spec != self.state.spec:
+                raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
             records = answer.metrics.get("records", 0)
             if records <= 0:
                 raise UserError(f"{site}: trained on {records:g} records")
@@ -208,6 +210,8 @@ class PeftStrategy(Strategy):
             if self.config.privacy.enabled:
                 self._require_promise(site, privacy, answer.metrics)
             self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
+        elif not 0 <= answer.metrics.get("correct", 0) <= answer.metrics.get("examples", 0):
+            raise UserError(f"{site}: counted more correct answers than examples")
         if answer.privacy is not None:
             self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics

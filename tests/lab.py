@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.basemodel import BaseModel
 from fedgraft.core.config import MethodConfig, TaskConfig
 from fedgraft.core.tasks import Batch, Task, create_task
 from fedgraft.methods import AttachedAdapter, attach
-from PIL import Image
-from torch import nn
 
 TEXT, IMAGE, LM = "sequence-classification", "image-classification", "causal-lm"
 LABELS = ("a", "b", "c")

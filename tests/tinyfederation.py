@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from flwr.app import Message
+
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.progress import SILENT, Watch
 from fedgraft.simulations import run as runs
 from fedgraft.simulations.engines.inprocess import InProcessGrid
-from flwr.app import Message
 
 LABELS = ("class-zebra", "class-yak", "class-walrus")
 SITES = ("east", "north", "south")

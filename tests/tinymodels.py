@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedgraft.core.basemodel import quiet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -28,6 +27,8 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+
+from fedgraft.core.basemodel import quiet
 
 _TEXT = """
 acute chronic severe mild left right upper lower fracture infection neoplasm disorder fever pain burn injury

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
+
 from fedgraft.core.errors import UserError
 
 Refused = Callable[..., AbstractContextManager[None]]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedgraft.core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec, explain_shape
-from fedgraft.core.errors import NonFiniteError, UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
+
+from fedgraft.core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec, explain_shape
+from fedgraft.core.errors import NonFiniteError, UserError
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fedgraft.core.basemodel import BaseModel, describe, fingerprint, load_pretrained, quiet, resolve
-from fedgraft.core.config import TaskConfig
-from fedgraft.core.tasks import create_task
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,6 +19,10 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
 )
+
+from fedgraft.core.basemodel import BaseModel, describe, fingerprint, load_pretrained, quiet, resolve
+from fedgraft.core.config import TaskConfig
+from fedgraft.core.tasks import create_task
 
 LABELS = ("a", "b", "c")
 

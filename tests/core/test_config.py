@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedgraft.core.config import RunConfig, config_from_json, known_keys, load_config, parse_config
-from fedgraft.core.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+
+from fedgraft.core.config import RunConfig, config_from_json, known_keys, load_config, parse_config
+from fedgraft.core.errors import UserError
 
 MINIMAL = {"model": "package:m/f", "data": {"sites": ["north", "south"]}}
 TOML = 'model = "some/model"\n[data]\nsites = ["north", "south"]\n'

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from fedgraft.core.errors import NonFiniteError, PrivateError, UserError, one_line
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedgraft.core.errors import NonFiniteError, PrivateError, UserError, one_line
 
 
 @given(st.text(alphabet=st.characters(codec=None), max_size=3000))

@@ -6,12 +6,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from fedgraft.core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec
-from fedgraft.core.errors import UserError
-from fedgraft.core.packing import Table, agree, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from fedgraft.core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec
+from fedgraft.core.errors import UserError
+from fedgraft.core.packing import Table, agree, pack, unpack
 
 WIRES = ("fp32", "fp16", "bf16")
 A, B, HEAD, WIDE = "q.lora_A.default.weight", "q.lora_B.default.weight", "head.bias", "wide"

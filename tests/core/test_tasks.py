@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 from fedgraft.core.basemodel import BaseModel
 from fedgraft.core.config import TaskConfig
 from fedgraft.core.errors import PrivateError
 from fedgraft.core.tasks import Task, create_task
 from fedgraft.core.tasks.base import pad_tokens, padding_id
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 LABELS = ("a", "b", "c")
 CLASSIFIERS = ("bert", "roberta", "gpt2", "llama", "t5")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fedgraft.core.config import TaskConfig
 from fedgraft.core.tasks import create_task
 

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, asdict
 
 import numpy as np
 import pytest
+
 from fedgraft.core.adapter import AdapterSpec, AdapterState, TensorSpec
 from fedgraft.core.update import PrivacyStatement, Update
 

@@ -8,6 +8,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fedgraft.core.adapter import AdapterSpec, AdapterState, TensorSpec
 from fedgraft.core.errors import NonFiniteError, PrivateError, UserError
 from fedgraft.core.update import PrivacyStatement
@@ -25,10 +30,6 @@ from fedgraft.core.wire import (
     encode_answer,
     encode_refusal,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SPEC = AdapterSpec("lora", (TensorSpec("a", (2, 3)), TensorSpec("b", (2,), "float64")))
 STATE = AdapterState(SPEC, {"a": np.arange(6, dtype="f4").reshape(2, 3) - 2.5, "b": np.array([1e-300, -1.0])})

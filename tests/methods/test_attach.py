@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
 from fedgraft.methods import AttachedAdapter

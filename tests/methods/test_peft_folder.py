@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
 from fedgraft.methods import AttachedAdapter
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
 
 Case = tuple[str, str, str]
 BERT = ("bert", "sequence-classification")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fedgraft.core.errors import UserError
 from fedgraft.methods import create_method, methods
 

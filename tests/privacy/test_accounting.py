@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.accounting import MAX_NOISE, MIN_NOISE, Event, calibrate_noise, epsilon, merged
-from scipy.stats import norm
 
 
 def _loss_by_fft(events: list[Event], delta: float, *, step: float = 5e-4, span: float = 250.0) -> float:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torch import nn
+
 from fedgraft.core.errors import UserError
 from fedgraft.methods import AttachedAdapter
 from fedgraft.privacy.clipping import ClippedGradients
 from fedgraft.privacy.noise import RandomStream
-from scipy import stats
-from torch import nn
 
 Case = tuple[str, str, str]
 TEXT = "sequence-classification"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.accounting import Event, epsilon
 from fedgraft.privacy.ledger import Ledger

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from fedgraft.privacy.noise import RandomStream
 from scipy import stats
+
+from fedgraft.privacy.noise import RandomStream
 
 _CHANCE = 1e-4
 _MANY = 200_000

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.accounting import MIN_NOISE, Event, epsilon

@@ -9,10 +9,11 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.sampling import group_by_unit, poisson_batch, shuffled_batches
-from scipy import stats
 
 _CHANCE = 1e-4
 #: Twelve patients with 1 to 5 records each, interleaved.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fedgraft.core.config import parse_config
 from fedgraft.core.errors import UserError
 from fedgraft.server.report import write_report
