@@ -12,7 +12,8 @@ from fedgraft.core.config import RunConfig, Section
 
 _HEAD = """# Configuration
 
-A run is one TOML file; `--set key=value` changes a key, as often as you like. An unknown key is refused with the nearest right one.
+A run is one TOML file; `--set key=value` changes a key, as often as you like. An unknown key is refused with the
+nearest right one.
 This page is written by `python docs/configuration.py`.
 
 """

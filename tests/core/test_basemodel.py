@@ -296,7 +296,8 @@ def naive_fingerprint(model: torch.nn.Module, leave_out: set[str]) -> str:
 
 def test_the_fingerprint_is_sha256_over_names_shapes_dtypes_and_bytes(bert):
     base = load(bert)
-    assert base.fingerprint == naive_fingerprint(base.model, {"classifier.weight", "classifier.bias"})
+    fresh = {"classifier.weight", "classifier.bias"}
+    assert fingerprint(base.model, fresh) == naive_fingerprint(base.model, fresh)
     assert fingerprint(base.model) == naive_fingerprint(base.model, set())
 
 
@@ -306,6 +307,25 @@ def test_the_fingerprint_leaves_a_fresh_head_out(bert):
     assert one.fingerprint == two.fingerprint
     # Nor does the number of labels count.
     assert load(bert, labels=("x", "y")).fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config.json", '"num_attention_heads": 4', '"num_attention_heads": 2'),
+        ("config.json", '"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-06'),
+        ("tokenizer.json", '"fever"', '"fewer"'),
+    ],
+)
+def test_the_same_weights_read_or_wired_otherwise_are_another_model(bert, file, old, new):
+    before = load(bert)
+    text = (bert / file).read_text(encoding="utf-8")
+    assert old in text
+    (bert / file).write_text(text.replace(old, new), encoding="utf-8")
+    after = load(bert)
+    assert after.fingerprint != before.fingerprint
+    fresh = {"classifier.weight", "classifier.bias"}
+    assert fingerprint(after.model, fresh) == fingerprint(before.model, fresh)
 
 
 def test_a_head_that_came_with_the_model_counts(bert):
