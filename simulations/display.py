@@ -138,7 +138,8 @@ def final_table(run: Mapping[str, Any]) -> Table:
     """Sites, records, accuracy before and after, what was promised to whom."""
     private = run["config"]["privacy"]["enabled"]
     unit = run["config"]["privacy"]["unit"]
-    table = Table(title=f"{run['name']}: {run['rounds']} rounds of {run['strategy']['name']}, {run['method']['name']}")
+    rounds = "1 round" if run["rounds"] == 1 else f"{run['rounds']} rounds"
+    table = Table(title=f"{run['name']}: {rounds} of {run['strategy']['name']}, {run['method']['name']}")
     table.add_column("site")
     table.add_column("records", justify="right")
     if private and unit == "patient":

@@ -164,9 +164,8 @@ class PeftStrategy(Strategy):
             part = state
             if held is not None:
                 part = state.only(n for n in state if n not in held or held[n].tobytes() != state[n].tobytes())
-            self._encoded[key] = encode_adapter(
-                part, wire=self.config.server.wire_dtype, whole=state.digest, rest=key[1]
-            )
+            rest = key[1] if len(part) < len(state) else ""
+            self._encoded[key] = encode_adapter(part, wire=self.config.server.wire_dtype, whole=state.digest, rest=rest)
         self._held[site] = state
         job = Job(self._run, self.phase.round, site, self._config_json, self._fingerprint)
         return RecordDict({"job": job.to_record(), **self._encoded[key]})
