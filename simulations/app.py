@@ -10,12 +10,15 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 
 from ..client.app import Surroundings, make_client_app, own_name
 from ..client.data import SiteData
 from ..core.config import RunConfig
+from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
+from .display import Lines, closing_lines, final_table
 from .scenario import load_scenario, site_data
 
 
@@ -49,7 +52,21 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the scenario ``config`` with the overrides ``set``, separated by ``;``, into the run directory."""
+    console = Console(width=110)
+    try:
+        _run(grid, context, console)
+    except UserError as error:
+        # Flower marks the run as failed by the exception; the line above its traceback is for people.
+        console.print(f"fedgraft: {error}", soft_wrap=True, highlight=False)
+        raise
+
+
+def _run(grid: Grid, context: Context, console: Console) -> None:
     settings = context.run_config
     overrides = [part.strip() for part in str(settings.get("set", "")).split(";") if part.strip()]
     config = load_scenario(str(settings.get("config", "")), overrides)
-    run_on(grid, config, run_folder(context), engine="flower", resume=bool(settings.get("resume")))
+    watch, folder = Lines(console, config), run_folder(context)
+    run = run_on(grid, config, folder, engine="flower", resume=bool(settings.get("resume")), watch=watch)
+    console.print(final_table(run))
+    for line in closing_lines(run):
+        console.print(line, soft_wrap=True, highlight=False)

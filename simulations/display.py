@@ -115,6 +115,20 @@ class Live(Watch):
             self._progress.advance(self._task, steps)
 
 
+class Lines(Watch):
+    """Plain lines, for a log."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.console = console
+        self.config = config
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def phase_finished(self, record: Mapping[str, Any]) -> None:
+        self.console.print(Text(phase_line(record, self.config.rounds)), soft_wrap=True)
+
+
 def phase_line(record: Mapping[str, Any], rounds: int) -> str:
     """One line for a training or evaluation that is over."""
     parts = [f"round {record['round']}/{rounds}", f"{record['kind']:<8}"]
