@@ -192,7 +192,9 @@ class Federation:
             Message(RecordDict({"job": job}), dst_node_id=node, message_type="query.hello", group_id="hello")
             for node in fresh
         ]
-        for reply in self.grid.send_and_receive(messages, timeout=self.config.server.join_timeout):
+        # Before the run a site may take its time to load; while it runs, the others do not wait long for a new one.
+        timeout = self.config.server.round_timeout if refuse else self.config.server.join_timeout
+        for reply in self.grid.send_and_receive(messages, timeout=timeout):
             if reply.has_error():
                 self._note_once(f"a node failed to answer: {reply.error.reason}")
                 continue
@@ -238,10 +240,11 @@ class Federation:
             self._train(number)
             if number == self.config.rounds or (every and number % every == 0):
                 self._evaluate(number)
-            self.checkpoint = Checkpoint(number, self.strategy.state, self.aggregator.memory())
+            reached = Checkpoint(number, self.strategy.state, self.aggregator.memory())
             checkpoints.save(
-                self.rundir.checkpoints, self.checkpoint, self.config.digest(), self.config.server.keep_checkpoints
+                self.rundir.checkpoints, reached, self.config.digest(), self.config.server.keep_checkpoints
             )
+            self.checkpoint = reached
             self._write("running")
 
     def _exchange(self, messages: Iterable[Message]) -> None:
@@ -297,7 +300,7 @@ class Federation:
         lines = self.rundir.read_metrics()
         evaluations = [line for line in lines if line["kind"] == "evaluate"]
         trainings = [line for line in lines if line["kind"] == "train"]
-        state, spec = self.strategy.state, self.strategy.state.spec
+        state, spec = self.checkpoint.state, self.checkpoint.state.spec
         shared = sum(spec.by_name[name].size for name in spec.select("share"))
         seconds = self._past["seconds"] + time.monotonic() - self.started
         up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))

@@ -90,7 +90,7 @@ class TinyFederation:
             "model": self.model,
             "method": {"rank": 4, "alpha": 8},
             "task": {"labels": list(LABELS), "max_length": 32},
-            "train": {"local_steps": 3, "batch_size": 16, "lr": 0.5, "momentum": 0.5, "device": "cpu"},
+            "train": {"local_steps": 3, "batch_size": 16, "lr": 0.1, "momentum": 0.5, "device": "cpu"},
             "privacy": {"enabled": False},
             "data": {"path": str(self.table), "sites": list(SITES), "alpha": 5.0},
         }

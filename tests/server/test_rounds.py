@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable
@@ -147,9 +146,14 @@ def test_the_adapter_folder_gives_the_accuracy_that_the_run_record_says(
     config = tiny_federation.private() if private else tiny_federation.config()
     right, count = recomputed(Path(result["adapter_path"]), config)
     assert right / count == result["accuracy"]["after"]
-    # Training moved it: an adapter that was never loaded would not pass for the trained one.
-    assert result["accuracy"]["after"] > result["accuracy"]["before"] + 0.05
-    assert result["loss"]["after"] < result["loss"]["before"]
+    assert count == sum(site["held_out"] for site in result["sites"].values())
+
+
+def test_training_teaches_something(finished: Any) -> None:
+    """So that an adapter that was never written, sent or loaded would not pass for the trained one."""
+    _, result = finished
+    assert result["accuracy"]["after"] > result["accuracy"]["before"] + 0.2
+    assert result["loss"]["after"] < 0.75 * result["loss"]["before"]
 
 
 def test_an_adapter_is_started_from_and_kept(finished: Any, tiny_federation: Any, tmp_path: Path) -> None:
@@ -217,9 +221,8 @@ def test_the_order_in_which_sites_run_changes_nothing(
     folder, result = finished
 
     def backwards(grid: Any, messages: Any, *, timeout: float | None = None) -> list[Message]:
-        return [
-            reply for message in reversed(list(messages)) for reply in grid.pull_messages(grid.push_messages([message]))
-        ]
+        pushed = [grid.push_messages([message]) for message in messages]
+        return [reply for ids in reversed(pushed) for reply in grid.pull_messages(ids)]
 
     monkeypatch.setattr(inprocess.InProcessGrid, "send_and_receive", backwards)
     again = tiny_federation.run(tiny_federation.config(), tmp_path / "run")
@@ -496,7 +499,8 @@ def _other_adapter(content: RecordDict) -> None:
         (_named("north"), "two nodes say they are site north; give each site its own name"),
         (
             _other_adapter,
-            "site south trains another adapter than the run's lora of rank 4; use one method, rank and alpha everywhere",
+            "site south trains another adapter than the run's lora of rank 4; "
+            "use one method, rank and alpha everywhere",
         ),
     ],
 )
@@ -510,19 +514,22 @@ def test_a_site_that_does_not_fit_ends_the_run_before_it_begins(
 
 
 class Nodes:
-    """The nodes that the grid knows at each asking: of the last entry from then on."""
+    """The nodes that the grid knows: ``first``, and ``later`` from the first training on."""
 
-    def __init__(self, *known: list[int]) -> None:
-        self.known = itertools.chain(known, itertools.repeat(known[-1]))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: list[int], later: list[int]) -> None:
+        self.now, self.later = first, later
+        monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", lambda grid: self.now)
 
-    def __call__(self, grid: Any) -> list[int]:
-        return next(self.known)
+    def __call__(self, site: str, message: Message, answer: Answer) -> Message:
+        if message.metadata.message_type == "train":
+            self.now = self.later
+        return answer()
 
 
 def test_without_a_quorum_of_sites_there_is_one_line(
     tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", Nodes([2]))
+    Nodes(monkeypatch, [2], [2])
     config = tiny_federation.config(**{"server.quorum": 2, "server.join_timeout": 0.01})
     with pytest.raises(UserError) as caught:
         tiny_federation.run(config, tmp_path / "run")
@@ -532,13 +539,12 @@ def test_without_a_quorum_of_sites_there_is_one_line(
 def test_a_site_may_join_later(
     tiny_federation: Any, tinyfederation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", Nodes([2, 3], [2, 3], [2, 3], [2, 3, 4]))
+    known = Nodes(monkeypatch, [2, 3], [2, 3, 4])
     notes = tinyfederation.Notes()
-    config = tiny_federation.config(**{"server.quorum": 2, "server.join_timeout": 0.01})
-    result = tiny_federation.run(config, tmp_path / "run", watch=notes)
+    config = tiny_federation.config(**{"server.quorum": 2, "server.join_timeout": 1})
+    result = tiny_federation.run(config, tmp_path / "run", known, notes)
     missing = [line["missing"] for line in tinyfederation.metrics(tmp_path / "run", "train")]
-    assert missing[0] == {"south": "not connected"}
-    assert missing[-1] == {}
+    assert missing == [{"south": "not connected"}, {}, {}]
     assert notes.texts[0] == "site south did not join; the run goes on without it until it does"
     assert result["sites"]["south"]["records"] > 0
 
@@ -546,10 +552,15 @@ def test_a_site_may_join_later(
 def test_a_late_joiner_that_does_not_fit_ends_no_run(
     tiny_federation: Any, tinyfederation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", Nodes([2, 3], [2, 3], [2, 3, 4]))
+    known = Nodes(monkeypatch, [2, 3], [2, 3, 4])
+    forge = Changing("south", _named("north"))
     notes = tinyfederation.Notes()
-    config = tiny_federation.config(**{"server.quorum": 2, "server.join_timeout": 0.01})
-    result = tiny_federation.run(config, tmp_path / "run", Changing("south", _named("north")), notes)
+    config = tiny_federation.config(**{"server.quorum": 2, "server.join_timeout": 1})
+
+    def between(site: str, message: Message, answer: Answer) -> Message:
+        return known(site, message, lambda: forge(site, message, answer))
+
+    result = tiny_federation.run(config, tmp_path / "run", between, notes)
     assert result["status"] == "finished"
     said = [text for text in notes.texts if "two nodes" in text]
     assert said == ["two nodes say they are site north; give each site its own name; the run goes on without it"]
@@ -560,22 +571,20 @@ def test_a_site_that_comes_back_on_another_node_is_known_again(
     tiny_federation: Any, tinyfederation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
 ) -> None:
     """North's node 3 is gone after round 1 and a node 9 says it is north."""
-    grids: list[Any] = []
-    nodes = Nodes([2, 3, 4], [2, 3, 4], [2, 4, 9])
+    known = Nodes(monkeypatch, [2, 3, 4], [2, 4, 9])
+    moved: list[int] = []
 
-    def known(grid: Any) -> list[int]:
-        now = nodes(grid)
-        if 9 in now and 9 not in grid._contexts:
+    def ids(grid: Any) -> list[int]:
+        if 9 in known.now and 9 not in grid._contexts:
             context = grid._contexts.pop(3)
-            context.node_id = 9
-            context.state = RecordDict()
+            context.node_id, context.state = 9, RecordDict()
             grid._contexts[9] = context
-            grids.append(grid)
-        return now
+            moved.append(9)
+        return known.now
 
-    monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", known)
-    result = tiny_federation.run(tiny_federation.config(), tmp_path / "run")
-    assert len(grids) == 1
+    monkeypatch.setattr(inprocess.InProcessGrid, "get_node_ids", ids)
+    result = tiny_federation.run(tiny_federation.config(), tmp_path / "run", known)
+    assert moved == [9]
     assert all(line["missing"] == {} for line in tinyfederation.metrics(tmp_path / "run", "train"))
     assert result["digest"] == finished[1]["digest"]
 
@@ -628,7 +637,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_is_resumed(
     run = json.loads((folder / "run.json").read_text())
     assert (run["status"], run["rounds"]) == ("failed", rounds)
     assert not (folder / "adapter").exists()
-    assert not [path for path in folder.rglob("*.new")]
+    assert not list(folder.rglob("*.new"))
     result = tiny_federation.resume(tiny_federation.config(), folder)
     assert result["digest"] == finished[1]["digest"]
     assert result["accuracy"] == finished[1]["accuracy"]
