@@ -1,0 +1,55 @@
+"""What the documentation shows works as it is shown."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import fedgraft
+from fedgraft.core.config import RunConfig, known_keys
+from fedgraft.simulations.scenario import load_scenario, named, site_data
+from fedgraft.strategies import aggregator
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_of_the_configuration_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("configuration_page", ROOT / "docs" / "configuration.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == module.page(), "run `python docs/configuration.py`"
+    assert all(f"| `{key}` |" in page for key in known_keys())
+
+
+def test_the_strategy_of_the_tutorial_runs(tiny_federation, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "_STRATEGIES", dict(aggregator._STRATEGIES))
+    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    exec(compile(code, "docs/strategies.md", "exec"), {"__name__": "tutorial"})
+    run = tiny_federation.run(tiny_federation.config(strategy="smallest-step", rounds=1), tmp_path / "run")
+    assert run["status"] == "finished" and run["strategy"]["name"] == "smallest-step"
+
+
+@pytest.mark.parametrize("name", [*named(), str(ROOT / "examples" / "own-data" / "run.toml")])
+def test_every_scenario_loads_and_has_data_for_every_site(name):
+    config = load_scenario(name, ["data.max_per_class=50", "data.test_per_class=5"])
+    assert isinstance(config, RunConfig) and config.privacy.enabled
+    assert set(site_data(config)) == set(config.site_names)
+
+
+def test_the_files_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_version_is_one():
+    assert f'version = "{fedgraft.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
