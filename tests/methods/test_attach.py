@@ -37,7 +37,9 @@ def test_the_spec_describes_exactly_what_trains(lab: Any, fitting: Case) -> None
     assert adapter.spec.method == fitting[2]
     roles = {t.role for t in adapter.spec.tensors}
     assert roles - {"head"}
-    assert ("head" in roles) == (fitting[1] != "causal-lm")
+    heads = [name for name, _ in adapter.model.named_parameters() if ".modules_to_save." in name]
+    assert [t.name for t in adapter.spec.tensors if t.role == "head"] == heads
+    assert bool(heads) == (fitting[1] != "causal-lm")
     assert not any(module.training for module in adapter.model.modules())
 
 
@@ -58,8 +60,10 @@ def test_only_what_the_spec_names_moves_in_a_step(lab: Any, fitting: Case) -> No
 def test_write_then_read_is_the_identity_and_in_place(lab: Any, fitting: Case) -> None:
     adapter = lab.attach(*fitting)
     parameters = adapter.trainables()
+    places = [parameter.data_ptr() for parameter in parameters.values()]
     state = lab.shaken(adapter, seed=3)
     assert adapter.read() == state
+    assert [parameter.data_ptr() for parameter in adapter.trainables().values()] == places
     assert all(adapter.trainables()[name] is parameter for name, parameter in parameters.items())
     adapter.write(adapter.read())
     assert adapter.read() == state

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 
+import dp_accounting
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -166,6 +167,21 @@ def test_calibration_counts_what_was_spent() -> None:
     assert noise > calibrate_noise(5.0, 1e-5, 0.1, 20)
     assert epsilon((*spent, Event(noise, 0.1, 20)), 1e-5) <= 5.0
     assert epsilon((*spent, Event(noise - 2.1e-3, 0.1, 20)), 1e-5) > 5.0
+
+
+def test_a_budget_that_is_nearly_spent_asks_for_far_more_noise() -> None:
+    spent = (Event(1.0, 0.1, 60),)
+    already = epsilon(spent, 1e-5)
+    noise = calibrate_noise(already * 1.02, 1e-5, 0.1, 20, spent)
+    assert noise > 2 * calibrate_noise(already * 1.02, 1e-5, 0.1, 20)
+    assert epsilon((*spent, Event(noise, 0.1, 20)), 1e-5) <= already * 1.02
+
+
+def test_a_search_that_stops_short_is_carried_on_to_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = dp_accounting.calibrate_dp_mechanism
+    monkeypatch.setattr(dp_accounting, "calibrate_dp_mechanism", lambda *a, **k: search(*a, **k) - 0.01)
+    noise = calibrate_noise(2.5, 1e-5, 0.11, 17)
+    assert epsilon((Event(noise, 0.11, 17),), 1e-5) <= 2.5 < epsilon((Event(noise - 2.1e-3, 0.11, 17),), 1e-5)
 
 
 def test_a_huge_budget_stops_at_the_least_noise_and_does_not_take_minutes() -> None:

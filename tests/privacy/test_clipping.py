@@ -111,12 +111,11 @@ def test_micro_batches_add_up_to_one_batch(lab: Any, exact: Case) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "ln"])
-@pytest.mark.parametrize(
-    ("family", "task"), [("bert", TEXT), ("gpt2", TEXT), ("t5", TEXT), ("vit", "image-classification")]
-)
-def test_reentrant_checkpointing_changes_nothing(lab: Any, family: str, task: str, method: str) -> None:
-    if (family, method) == ("t5", "bitfit"):
-        pytest.skip("T5 has no biases")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit"])
+def test_reentrant_checkpointing_changes_nothing(lab: Any, family: str, method: str) -> None:
+    # T5 has no biases: its stand-in is another scale of LoRA.
+    method = "rslora" if (family, method) == ("t5", "bitfit") else method
+    task = "image-classification" if family == "vit" else TEXT
     case = (family, task, method)
     adapter = _double(lab, case)
     records = lab.records(family, task, LENGTHS)

@@ -82,9 +82,18 @@ def test_a_crash_at_any_byte_of_a_write_loses_nothing_that_was_trained(path: Pat
         assert path.read_bytes().count(b"\n") == len(whole) + 1, cut
 
 
+def test_a_longer_line_that_was_cut_leaves_no_rest_behind_a_shorter_one(path: Path) -> None:
+    content = _written(path)
+    Ledger(path).reserve(EVENTS[0], run="a" * 500)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert Ledger(path).reserve(EVENTS[0], run="b") == (*EVENTS, EVENTS[0])
+    assert path.read_bytes().startswith(content)
+    assert path.read_bytes().count(b"\n") == 4 and path.read_bytes().endswith(b"\n")
+
+
 def test_a_crash_in_the_first_write_leaves_an_empty_ledger(path: Path) -> None:
     content = _written(path)
-    for cut in range(content.index(b"\n")):
+    for cut in range(0, content.index(b"\n"), 5):
         path.write_bytes(content[:cut])
         assert Ledger(path).events() == ()
         assert Ledger(path).reserve(EVENTS[0]) == EVENTS[:1]
@@ -119,11 +128,34 @@ def test_a_full_disk_is_an_error_and_what_was_written_of_the_line_does_not_count
 
 
 def test_an_entry_is_on_the_disk_before_it_is_granted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file after its last byte, then the folders that were made for it."""
+    write, fsync, done = os.write, os.fsync, []
+
+    def place(file: int) -> str:
+        return str(Path(f"/proc/self/fd/{file}").readlink())
+
+    monkeypatch.setattr(os, "write", lambda file, data: done.append(("write", place(file))) or write(file, data))
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("sync", place(file))) or fsync(file))
+    Ledger(path).reserve(EVENTS[0])
+    assert done[:2] == [("write", str(path)), ("sync", str(path))]
+    assert {where for what, where in done[2:] if what == "sync"} == {str(folder) for folder in list(path.parents)[:3]}
+    done.clear()
+    Ledger(path).reserve(EVENTS[0])
+    assert done == [("write", str(path)), ("sync", str(path))]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_disk_that_does_not_confirm_grants_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    fsync, calls = os.fsync, []
+
     def broken(file: int) -> None:
-        raise OSError(5, "Input/output error")
+        calls.append(file)
+        if len(calls) > fails:
+            raise OSError(5, "Input/output error")
+        fsync(file)
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(UserError, match="cannot be written, so nothing is trained"):
+    with pytest.raises(UserError, match="cannot be written, so nothing is trained: Input/output error"):
         Ledger(path).reserve(EVENTS[0])
 
 

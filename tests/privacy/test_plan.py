@@ -71,6 +71,7 @@ def test_the_plan_says_what_it_spends() -> None:
         ({"noise_multiplier": MIN_NOISE * 0.99}, "noise_multiplier"),
         ({"noise_multiplier": 0.5}, "spends epsilon"),
         ({"epsilon": 1.0}, "spends epsilon"),
+        ({"epsilon": PLAN.final_epsilon * (1 - 1e-6)}, "spends epsilon"),
         ({"spent": (Event(0.6, 0.1, 20),)}, "spends epsilon"),
     ],
 )
@@ -79,6 +80,10 @@ def test_a_plan_that_would_break_its_promise_does_not_construct(change: dict[str
         replace(PLAN, **change)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_budget_that_is_met_exactly_is_kept() -> None:
+    assert replace(PLAN, epsilon=PLAN.final_epsilon).final_epsilon == PLAN.final_epsilon
 
 
 def test_the_whole_site_as_one_batch_is_allowed() -> None:

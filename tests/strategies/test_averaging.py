@@ -166,6 +166,14 @@ def test_numbers_that_are_none_are_refused_by_tensor(rule: type, value: float) -
         rule([STATES[0], AdapterState(SPEC, bad)], [1.0, 1.0])
 
 
+def test_they_are_refused_on_arrival_so_that_the_site_can_be_named() -> None:
+    mean = RunningMean()
+    mean.add(STATES[0], 1.0)
+    with pytest.raises(NonFiniteError, match="tensor head"):
+        mean.add(AdapterState(SPEC, {**STATES[1], "head": np.full((2, 4), np.nan)}), 1.0)
+    assert mean.result() == _mean(STATES[:1], [1.0])
+
+
 @RULES
 def test_another_rank_is_refused_with_the_mend(rule: type) -> None:
     other = replace(SPEC, tensors=(replace(SPEC.tensors[0], shape=(2, 5)), *SPEC.tensors[1:]))
