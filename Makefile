@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.fedgraft-installed
 
 export HF_HUB_OFFLINE ?= 1
@@ -16,8 +17,8 @@ install: $(STAMP)  ## create .venv and install fedgraft into it
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("fedgraft needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,simulation,dev]'
+	$(PIP) torch
+	$(PIP) -e '.[demo,simulation,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## four hospitals, real clinical phrases, LoRA with patient-level DP
