@@ -17,6 +17,7 @@ from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
 from ..core.progress import SILENT, Watch
 from ..core.tasks import Example
+from ..core.update import PrivacyStatement
 from ..core.wire import (
     NEEDS_STATE,
     Job,
@@ -102,7 +103,7 @@ class SiteClient:
 
     def _hello(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
         prepared, model = self._site(job, config, site, context)
-        if config.privacy.enabled:
+        if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             self._plan(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables())
@@ -119,6 +120,7 @@ class SiteClient:
                 "spec": model.adapter.spec.with_policy("share", lambda t: True).digest,
                 "fingerprint": job.fingerprint,
             },
+            privacy=self._spent(config, prepared),
         )
 
     def _train(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
@@ -164,10 +166,13 @@ class SiteClient:
         metrics: dict[str, float] = {}
         if config.evaluate.release == "exact":
             metrics = evaluate(model, state, prepared.held_out, config)
-        # Said here too, so that the steps of a training whose answer was lost are counted where people look.
-        events = prepared.ledger.events() if config.privacy.enabled else ()
-        privacy = statement(config, events) if events else None
+        privacy = self._spent(config, prepared)
         return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)
+
+    def _spent(self, config: RunConfig, prepared: _Prepared) -> PrivacyStatement | None:
+        """Said with every answer, so that the steps of a training that was lost are counted where people look."""
+        events = prepared.ledger.events() if config.privacy.enabled else ()
+        return statement(config, events) if events else None
 
     def _config(self, text: str) -> RunConfig:
         if text not in self._configs:
@@ -201,7 +206,13 @@ class SiteClient:
 
     def _plan(self, job: Job, config: RunConfig, prepared: _Prepared) -> PrivacyPlan:
         remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
-        return PrivacyPlan.for_run(config, len(prepared.groups), remaining, prepared.ledger.events())
+        spent = prepared.ledger.events()
+        try:
+            return PrivacyPlan.for_run(config, len(prepared.groups), remaining, spent)
+        except UserError as error:
+            if not spent or job.round < 2:
+                raise
+            raise UserError(f"{error}; or end the run as it is: --resume with --set rounds={job.round - 1}") from None
 
     def _receive(self, content: RecordDict, context: Context, model: Resident) -> AdapterState:
         """The global adapter of an instruction, completed from what this site holds, and held from now on."""

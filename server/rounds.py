@@ -73,6 +73,7 @@ class Federation:
         self.aggregator = check(config)
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
+        self._promises: dict[str, dict[str, Any]] = {}
         self._noted: set[str] = set()
         task = create_task(config.task)
         self.base: BaseModel = task.load(config.model, config.task, config.seed)
@@ -105,6 +106,11 @@ class Federation:
                 self.watch.note(text)
 
         self.checkpoint = checkpoints.load_last(self.rundir.checkpoints, Noting())
+        if self.checkpoint.round > self.config.rounds:
+            raise UserError(
+                f"{self.rundir.path}: has {self.checkpoint.round} rounds behind it, which rounds = "
+                f"{self.config.rounds} cannot undo; give that many or more"
+            )
         want = self.adapter.spec.with_policy("share", lambda t: True)
         if self.checkpoint.state.spec.with_policy("share", lambda t: True) != want:
             raise UserError(
@@ -228,24 +234,31 @@ class Federation:
             )
         self.strategy.sites[node] = answer.site
         self.facts[answer.site] = dict(answer.metrics)
+        if answer.privacy is not None:
+            self._promises[answer.site] = asdict(answer.privacy)
 
     # Rounds
 
     def _rounds(self) -> None:
-        if self.checkpoint.round == 0 and not self.rundir.read_metrics():
-            self._evaluate(0)
-        every = self.config.evaluate.every
+        self._evaluate_if_due(self.checkpoint.round)
         for number in range(self.checkpoint.round + 1, self.config.rounds + 1):
             self._greet(refuse=False)
             self._train(number)
-            if number == self.config.rounds or (every and number % every == 0):
-                self._evaluate(number)
+            # Before the evaluation: a training that is lost has spent its privacy for nothing.
             reached = Checkpoint(number, self.strategy.state, self.aggregator.memory())
             checkpoints.save(
                 self.rundir.checkpoints, reached, self.config.digest(), self.config.server.keep_checkpoints
             )
             self.checkpoint = reached
+            self._evaluate_if_due(number)
             self._write("running")
+
+    def _evaluate_if_due(self, number: int) -> None:
+        every = self.config.evaluate.every
+        due = number in (0, self.config.rounds) or (every and number % every == 0)
+        lines = self.rundir.read_metrics()
+        if due and not any(line["kind"] == "evaluate" and line["round"] == number for line in lines):
+            self._evaluate(number)
 
     def _exchange(self, messages: Iterable[Message]) -> None:
         """Send, and collect answers; then once more to sites that did not hold the adapter they were told to use."""
@@ -361,6 +374,9 @@ class Federation:
         accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
         facts = self.facts.get(name, {})
         spent = [a["privacy"] for a in (*answered, *scored) if "privacy" in a]
+        if name in self._promises:
+            # What the site says on joining counts rounds that were lost, whose lines are gone.
+            spent.append(self._promises[name])
         privacy = max(spent, key=lambda p: p["steps"], default=None)
         return {
             "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),

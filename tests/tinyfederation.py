@@ -101,7 +101,7 @@ class TinyFederation:
 
     def private(self, **changes: Any) -> RunConfig:
         """The same under DP, with the patient as the unit."""
-        promise = {"privacy.enabled": True, "privacy.unit": "patient", "privacy.epsilon": 8.0, "privacy.delta": 1e-3}
+        promise = {"privacy.enabled": True, "privacy.unit": "patient", "privacy.epsilon": 2.0, "privacy.delta": 1e-3}
         return self.config(**{**promise, **changes})
 
     def run(

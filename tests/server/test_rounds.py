@@ -115,7 +115,7 @@ def test_a_private_run_tells_no_training_loss_and_keeps_its_promise(finished_pri
     for line in tinyfederation.metrics(folder, "train"):
         assert all(set(site) == {"records", "steps", "privacy"} for site in line["sites"].values())
     for site in result["sites"].values():
-        assert 0 < site["epsilon"] <= 8.0
+        assert 0 < site["epsilon"] <= 2.0
         assert site["delta"] == 1e-3
         assert site["unit"] == "patient"
         assert site["units"] < site["records"]
