@@ -200,7 +200,7 @@ class SiteClient:
                 train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
                 groups=group_by_unit(data.train.patients if by_patient else None, len(data.train)),
-                ledger=Ledger(folder / "ledger.jsonl" if folder else None),
+                ledger=Ledger(folder / "ledger.jsonl" if folder else None, unit=config.privacy.unit),
             )
         return self._prepared[key], model
 

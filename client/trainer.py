@@ -76,6 +76,10 @@ def train(
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
         raise UserError("train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32")
+    if settings.gradient_checkpointing and state.spec.method == "prefix":
+        raise UserError(
+            "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
+        )
     adapter.adopt(state.spec)
     adapter.write(state)
     trainables = adapter.trainables()
@@ -215,6 +219,10 @@ class _training_mode:
         if settings.gradient_checkpointing:
             # Per-sample hooks see each layer once only when the recomputation is reentrant.
             reentrant = self.config.privacy.enabled
+            # A recomputed layer would append its keys and values to the cache a second time.
+            settings_of_base = model.get_base_model().config
+            self.use_cache = getattr(settings_of_base, "use_cache", None)
+            settings_of_base.use_cache = False
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
 
@@ -222,4 +230,5 @@ class _training_mode:
         if self.config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
             self.model.disable_input_require_grads()
+            self.model.get_base_model().config.use_cache = self.use_cache
         self.model.eval()
