@@ -197,6 +197,10 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.server.quorum > len(self.data.sites):
             raise ValueError(f"server.quorum is {self.server.quorum} but there are {len(self.data.sites)} sites")
+        if self.privacy.enabled and self.train.precision == "fp16":
+            raise ValueError(
+                "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"
+            )
         return self
 
     def __hash__(self) -> int:

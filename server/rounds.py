@@ -39,6 +39,10 @@ def check(config: RunConfig) -> Aggregator:
     aggregator = create_aggregator(config.strategy, config.strategy_options)
     create_method(config.method.name)
     create_task(config.task)
+    if config.train.gradient_checkpointing and config.method.name == "prefix":
+        raise UserError(
+            "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
+        )
     if not aggregator.capabilities.heterogeneous_ranks:
         for site in config.data.sites:
             if site.rank and site.rank != config.method.rank:

@@ -417,3 +417,10 @@ def test_a_path_typed_on_the_command_line_is_relative_to_where_one_stands(write,
     assert elsewhere.data.path == str(tmp_path / "configs" / "not-there.csv")
     assert load_config(path, ["data.path="]).data.path == ""
     assert load_config(path, [f"model={'x' * 5000}"]).model == "x" * 5000
+
+
+def test_fp16_is_refused_where_gradients_are_clipped(refused):
+    with refused("train.precision fp16", "bf16 or fp32"):
+        parse_config(with_values(train={"precision": "fp16"}))
+    values = with_values(train={"precision": "fp16"}, privacy={"enabled": False})
+    assert parse_config(values).train.precision == "fp16"
