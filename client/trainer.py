@@ -76,10 +76,6 @@ def train(
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
         raise UserError("train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32")
-    if settings.gradient_checkpointing and state.spec.method == "prefix":
-        raise UserError(
-            "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
-        )
     adapter.adopt(state.spec)
     adapter.write(state)
     trainables = adapter.trainables()
