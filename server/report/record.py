@@ -1,0 +1,72 @@
+"""What a run directory tells, read once for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..rundir import read_metrics, read_run
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a run: ``run.json`` and the lines of ``metrics.jsonl``."""
+
+    run: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def sites(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.run.get("sites") or {}
+
+    def config(self, section: str) -> Mapping[str, Any]:
+        return (self.run.get("config") or {}).get(section) or {}
+
+    def by_round(self, kind: str) -> dict[int, Mapping[str, Any]]:
+        """The lines of one kind by round."""
+        return {line["round"]: line for line in self.lines if line.get("kind") == kind}
+
+    @cached_property
+    def privacy(self) -> Mapping[str, Mapping[str, Any]]:
+        """The privacy statement of every site that made one."""
+        return {name: site["privacy"] for name, site in self.sites.items() if site.get("privacy")}
+
+    @property
+    def private(self) -> bool:
+        """Whether differential privacy was asked for; what single sites did is told beside it."""
+        return bool(self.config("privacy").get("enabled", False))
+
+    @property
+    def seeded(self) -> bool:
+        """Whether any noise came from a seed, so that whoever knows the seed can take it off again."""
+        return self.private and (
+            bool(self.config("privacy").get("seeded_noise_not_private"))
+            or any(told.get("enabled") and not told.get("private_noise", True) for told in self.privacy.values())
+        )
+
+    @property
+    def worst(self) -> Mapping[str, Any] | None:
+        """The statement with the largest epsilon: that of the federation."""
+        enabled = [told for told in self.privacy.values() if told.get("enabled") and told.get("epsilon") is not None]
+        return max(enabled, key=lambda told: told["epsilon"], default=None)
+
+    @property
+    def unit(self) -> str:
+        return str(self.config("privacy").get("unit", "record"))
+
+    @property
+    def releases_nothing(self) -> bool:
+        return bool(self.config("evaluate").get("release") == "none")
+
+
+def read_record(rundir: Path) -> Record:
+    """Read a run directory. Raises ``UserError`` when ``run.json`` is missing, broken or of another schema."""
+    run = read_run(rundir)
+    lines = [line for line in read_metrics(rundir) if isinstance(line, dict) and isinstance(line.get("round"), int)]
+    return Record(run, lines)
+
+
+# Values in words. What these return is safe inside HTML.
