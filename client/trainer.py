@@ -84,7 +84,10 @@ def train(
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, first + step, config.total_steps))
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
-    with _training_mode(adapter.model, config), torch.random.fork_rng(devices=_cuda(resident.device)):
+    with (
+        _training_mode(adapter.model, settings, private=plan is not None),
+        torch.random.fork_rng(devices=_cuda(resident.device)),
+    ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
         if plan is None:
             losses = _plain_steps(resident, trainables, examples, config, stream, optimizer, schedule, on_step)
@@ -196,12 +199,13 @@ class _training_mode:
     site in its running mean, without noise.
     """
 
-    def __init__(self, model: Any, config: RunConfig) -> None:
+    def __init__(self, model: Any, settings: TrainConfig, *, private: bool) -> None:
         self.model = model
-        self.config = config
+        self.settings = settings
+        self.private = private
 
     def __enter__(self) -> None:
-        model, settings = self.model, self.config.train
+        model, settings = self.model, self.settings
         if settings.base_dropout:
             model.train()
             for module in model.modules():
@@ -213,17 +217,16 @@ class _training_mode:
             if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
                 module.training = True
         if settings.gradient_checkpointing:
-            # Per-sample hooks see each layer once only when the recomputation is reentrant.
-            reentrant = self.config.privacy.enabled
             # A recomputed layer would append its keys and values to the cache a second time.
             settings_of_base = model.get_base_model().config
             self.use_cache = getattr(settings_of_base, "use_cache", None)
             settings_of_base.use_cache = False
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            # Per-sample hooks see each layer once only when the recomputation is reentrant.
+            model.gradient_checkpointing_enable({"use_reentrant": self.private})
             model.enable_input_require_grads()
 
     def __exit__(self, *error: object) -> None:
-        if self.config.train.gradient_checkpointing:
+        if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
             self.model.disable_input_require_grads()
             self.model.get_base_model().config.use_cache = self.use_cache
