@@ -74,7 +74,7 @@ class SiteClient:
         self._surroundings = surroundings
         self._watch = watch
         self._configs: OrderedDict[str, RunConfig] = OrderedDict()
-        self._prepared: dict[tuple[str, str], _Prepared] = {}
+        self._prepared: dict[tuple[str, ...], _Prepared] = {}
         # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
         self._states: OrderedDict[tuple[str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
 
@@ -188,14 +188,15 @@ class SiteClient:
                 f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
                 f"{job.fingerprint[:12]}); give every site the same files"
             )
-        key = (config.digest(), site)
+        folder = self._surroundings.folder(config, site, context)
+        # One process may serve runs that differ in nothing but where the site's data and ledger lie.
+        key = (config.digest(), site, str(folder), str(context.node_config.get("data-path", "")))
         if key not in self._prepared:
             data = self._surroundings.data(config, site, context)
             task, processor = model.task, model.base.processor
             by_patient = config.privacy.enabled and config.privacy.unit == "patient"
             if by_patient and data.train.patients is None:
                 raise UserError(f"site {site}: the privacy unit is the patient, but its records name none")
-            folder = self._surroundings.folder(config, site, context)
             self._prepared[key] = _Prepared(
                 train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),

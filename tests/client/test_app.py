@@ -1,0 +1,366 @@
+"""The site's side of the conversation: what it answers, what it keeps, what it refuses and what it says of that."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgraft.client import app as client_app
+from fedgraft.client.app import app
+from fedgraft.client.resident import resident
+from fedgraft.core.adapter import AdapterState
+from fedgraft.core.config import RunConfig
+from fedgraft.core.update import PrivacyStatement
+from fedgraft.core.wire import NEEDS_STATE, Answer, Job, decode_adapter, decode_answer, encode_adapter
+from fedgraft.privacy import Ledger, epsilon
+
+
+class Conversation:
+    """A server's side of it, with the ClientApp of a real site, which knows itself by its node configuration alone."""
+
+    def __init__(self, config: RunConfig, folder: Path, **node: Any) -> None:
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+        self.config = config
+        self.folder = folder
+        node_config = {"site": "north", "data-path": config.data.path, "site-folder": str(folder), **node}
+        self.context = Context(
+            run_id=1,
+            node_id=2,
+            node_config={key: value for key, value in node_config.items() if value is not None},
+            state=RecordDict(),
+            run_config={},
+        )
+        self.model = resident(config)
+        self.state = self.model.adapter.read()
+        self.state = self.state.with_spec(self.state.spec.with_policy("share", lambda t: True))
+
+    def say(self, kind: str, round: int = 1, content: RecordDict | None = None, **job: Any) -> RecordDict:
+        values = {
+            "run": "r",
+            "round": round,
+            "site": "north",
+            "config": self.config.to_json(),
+            "fingerprint": self.model.base.fingerprint,
+            **job,
+        }
+        message = Message(
+            RecordDict({"job": Job(**values).to_record(), **(content or {})}), dst_node_id=2, message_type=kind
+        )
+        return app(message, self.context).content
+
+    def hello(self, **job: Any) -> Answer:
+        return decode_answer(self.say("query.hello", **{"site": "", **job}), "hello", "north")
+
+    def train(self, round: int = 1, content: RecordDict | None = None, **job: Any) -> tuple[Answer, RecordDict]:
+        answer = self.say("train", round, content or encode_adapter(self.state, wire="fp32"), **job)
+        return decode_answer(answer, "train", "north"), answer
+
+    def evaluate(self, round: int = 1, content: RecordDict | None = None) -> Answer:
+        answer = self.say("evaluate", round, content or encode_adapter(self.state, wire="fp32"))
+        return decode_answer(answer, "evaluate", "north")
+
+
+@pytest.fixture
+def plain(tiny_federation: Any, tmp_path: Path) -> Conversation:
+    return Conversation(tiny_federation.config(), tmp_path / "north")
+
+
+@pytest.fixture
+def private(tiny_federation: Any, tmp_path: Path) -> Conversation:
+    return Conversation(tiny_federation.private(**{"privacy.noise_multiplier": 2.0}), tmp_path / "north")
+
+
+# A site of its own
+
+
+def test_a_site_says_who_it_is_and_what_it_holds(plain: Conversation) -> None:
+    answer = plain.hello()
+    assert (answer.site, answer.round, answer.error, answer.privacy) == ("north", 1, "", None)
+    assert answer.metrics["records"] + answer.metrics["held_out"] == 600
+    assert answer.facts["fingerprint"] == plain.model.base.fingerprint
+    assert answer.facts["spec"] == plain.state.spec.digest
+    assert list(plain.context.state) == []
+    assert not plain.folder.exists(), "without privacy there is no budget to record"
+
+
+def test_patients_are_counted_where_they_are_the_unit(private: Conversation, tiny_federation: Any) -> None:
+    answer = private.hello()
+    patients = {row["patient"] for row in tiny_federation.rows}
+    assert answer.metrics["units"] == len(patients) - round(0.2 * len(patients))
+    assert answer.metrics["units"] < answer.metrics["records"]
+
+
+def test_a_round_gives_back_the_trained_adapter(plain: Conversation) -> None:
+    answer, content = plain.train()
+    assert answer.error == ""
+    assert set(answer.metrics) == {"records", "steps", "loss"}
+    trained = decode_adapter(content, plain.state.spec, sender="north")
+    assert (trained - plain.state).norm() > 0
+    counted = plain.evaluate(content=encode_adapter(trained, wire="fp32"))
+    assert set(counted.metrics) == {"examples", "correct", "loss_sum"}
+    assert counted.metrics["examples"] == plain.hello().metrics["held_out"]
+
+
+def test_a_private_round_reserves_its_budget_and_says_so(private: Conversation) -> None:
+    for number in (1, 2):
+        answer, _ = private.train(number)
+        assert answer.error == ""
+        assert set(answer.metrics) == {"records", "steps"}
+        events = Ledger(private.folder / "ledger.jsonl").events()
+        assert isinstance(answer.privacy, PrivacyStatement)
+        assert answer.privacy.steps == sum(event.steps for event in events) == 3 * number
+        assert answer.privacy.epsilon == epsilon(events, 1e-3)
+        assert private.evaluate(number).privacy == answer.privacy
+        assert private.hello(round=number + 1).privacy == answer.privacy
+    lines = [json.loads(line) for line in (private.folder / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["round"]) for line in lines] == [("r", 1), ("r", 2)]
+
+
+def test_the_budget_is_on_the_disk_before_the_first_step(
+    private: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def dies(*args: Any, **more: Any) -> None:
+        seen.append(sum(event.steps for event in Ledger(private.folder / "ledger.jsonl").events()))
+        raise KeyError("dies in its first step")
+
+    monkeypatch.setattr(client_app, "train", dies)
+    answer, _ = private.train()
+    assert answer.error == "KeyError at the site; the site's own log says more"
+    assert seen == [3]
+    assert Ledger(private.folder / "ledger.jsonl").events()[0].steps == 3
+
+
+def test_a_ledger_that_cannot_be_written_stops_the_training(private: Conversation) -> None:
+    private.folder.parent.mkdir(parents=True, exist_ok=True)
+    private.folder.write_text("a file where the folder should be")
+    answer, content = private.train()
+    assert "the ledger cannot be" in answer.error
+    assert "adapter" not in content
+
+
+def test_a_damaged_ledger_stops_the_training(private: Conversation) -> None:
+    private.train()
+    ledger = private.folder / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"steps": 3', '"steps": 1') + ledger.read_text())
+    answer, content = private.train(2)
+    assert "was changed or lost; the budget spent is unknown, so nothing is trained" in answer.error
+    assert "adapter" not in content
+
+
+def test_evaluation_releases_nothing_where_it_shall_not(tiny_federation: Any, tmp_path: Path) -> None:
+    talk = Conversation(tiny_federation.config(**{"evaluate.release": "none"}), tmp_path)
+    assert talk.evaluate().metrics == {}
+
+
+# What it holds
+
+
+def test_what_it_holds_needs_not_be_sent_again(plain: Conversation) -> None:
+    plain.evaluate()
+    held = plain.state.digest
+    nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
+    by_name, one = plain.train(content=nothing)
+    whole, two = plain.train()
+    assert by_name.error == whole.error == ""
+    assert [one[key] for key in ("adapter", "table")] == [two[key] for key in ("adapter", "table")]
+
+
+def test_a_part_is_put_on_top_of_what_it_holds(plain: Conversation) -> None:
+    plain.evaluate()
+    head = [name for name in plain.state if "classifier" in name]
+    changed = AdapterState(plain.state.spec, {**plain.state, **{n: plain.state[n] + np.float32(0.5) for n in head}})
+    part = encode_adapter(changed.only(head), wire="fp32", whole=changed.digest, rest=plain.state.digest)
+    _, one = plain.train(content=part)
+    _, two = plain.train(content=encode_adapter(changed, wire="fp32"))
+    assert one["adapter"] == two["adapter"]
+
+
+def test_without_what_it_should_hold_it_asks_for_it(plain: Conversation) -> None:
+    held = plain.state.digest
+    nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
+    answer, content = plain.train(content=nothing)
+    assert answer.code == NEEDS_STATE
+    assert answer.error == f"the adapter {held[:12]} that the instruction builds on is not held here"
+    assert set(content) == {"site"}
+
+
+def test_asking_spends_no_budget(private: Conversation) -> None:
+    held = private.state.digest
+    nothing = encode_adapter(private.state.only([]), wire="fp32", whole=held, rest=held)
+    assert private.train(content=nothing)[0].code == NEEDS_STATE
+    assert Ledger(private.folder / "ledger.jsonl").events() == ()
+
+
+def test_another_process_of_the_site_goes_on_from_its_memory(plain: Conversation) -> None:
+    """Flower keeps a site's memory, not its process: the decoded adapter of this one is gone in the next."""
+    plain.evaluate()
+    client = client_app.SiteClient(
+        client_app.Surroundings(client_app.own_name, client_app._own_data, client_app._own_folder)
+    )
+    held = plain.state.digest
+    nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
+    job = Job("r", 1, "north", plain.config.to_json(), plain.model.base.fingerprint).to_record()
+    message = Message(RecordDict({"job": job, **nothing}), dst_node_id=2, message_type="train")
+    answer = client.answer("train", message, plain.context).content
+    assert decode_answer(answer, "train", "north").error == ""
+    assert answer["adapter"] == plain.train()[1]["adapter"]
+
+
+def test_personal_tensors_stay_and_are_used_again(plain: Conversation) -> None:
+    head = {name for name in plain.state if "classifier" in name}
+    local = plain.state.with_spec(plain.state.spec.with_policy("local", lambda t: t.name in head))
+    message = encode_adapter(local, wire="fp32")
+    sent: list[RecordDict] = []
+    for number in (1, 2):
+        answer, content = plain.train(number, content=message)
+        assert answer.error == ""
+        sent.append(content)
+        names = {name for name, _ in json.loads(str(content.config_records["table"]["json"]))["tensors"]}
+        assert names == set(plain.state) - head
+        assert set(plain.context.state.array_records["local"]) == head
+        first = plain.context.state.array_records["local"][min(head)].numpy()
+        assert not np.array_equal(first, plain.state[min(head)])
+    # Round 2 began from the head of round 1: from the first head it would have ended elsewhere.
+    del plain.context.state["local"]
+    _, again = plain.train(2, content=message)
+    assert sent[1]["adapter"] != again["adapter"]
+    counted = plain.evaluate(2, content=message)
+    assert counted.error == ""
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ({"site": "south"}, "this is site north, the instruction is for south"),
+        (
+            {"fingerprint": "0" * 64},
+            "site north holds another base model (fingerprint {own}, the run's is 000000000000); give every site the "
+            "same files",
+        ),
+        ({"config": "{}"}, "the server's configuration: `model` is missing"),
+        ({"config": "nonsense"}, "the server's configuration: Invalid JSON"),
+    ],
+)
+def test_an_instruction_that_does_not_fit_is_refused_in_one_line(
+    plain: Conversation, job: dict[str, str], reason: str
+) -> None:
+    answer, content = plain.train(**job)
+    assert answer.error.startswith(reason.format(own=plain.model.base.fingerprint[:12]))
+    assert answer.error.isprintable()
+    assert set(content) == {"site"}
+    assert list(plain.context.state) == []
+
+
+def test_an_undeclared_record_in_an_instruction_is_refused(plain: Conversation) -> None:
+    content = encode_adapter(plain.state, wire="fp32")
+    content["code"] = ConfigRecord({"run": "rm"})
+    answer, _ = plain.train(content=content)
+    assert answer.error == "the server: undeclared record `code` in the message"
+
+
+def test_an_adapter_with_a_number_that_is_none_is_refused(plain: Conversation) -> None:
+    content = encode_adapter(plain.state, wire="fp32")
+    numbers = content.array_records["adapter"]["float32"].numpy().copy()
+    numbers[0] = np.inf
+    from flwr.app import Array, ArrayRecord
+
+    content["adapter"] = ArrayRecord({"float32": Array(numbers)})
+    # A state that no test before has sent, so that none is remembered.
+    answer, _ = plain.train(content=_renamed(content, "f" * 64))
+    assert "holds NaN or infinity" in answer.error
+
+
+def _renamed(content: RecordDict, state: str) -> RecordDict:
+    table = json.loads(str(content.config_records["table"]["json"]))
+    content["table"] = ConfigRecord({"json": json.dumps({**table, "state": state})})
+    return content
+
+
+def test_a_site_of_another_rank_says_so_at_hello(tiny_federation: Any, tmp_path: Path) -> None:
+    config = tiny_federation.config(**{"data.sites": [{"name": "north", "rank": 2}, "south"]})
+    talk = Conversation(config, tmp_path)
+    assert talk.hello().facts["spec"] != talk.state.spec.digest
+    answer, _ = talk.train()
+    assert "rank 4 against rank 2; set method.rank alike everywhere" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        (
+            {"site": None},
+            'the node configuration names no site: give site="NAME" or a partition-id below 3',
+        ),
+        ({"site": None, "partition-id": 3}, "the node configuration names no site"),
+        ({"site": None, "partition-id": -1}, "the node configuration names no site"),
+        ({"site": None, "partition-id": "one"}, "the node configuration names no site"),
+        (
+            {"site-folder": None},
+            'site north: give site-folder="FOLDER" in the node configuration; the ledger lies there',
+        ),
+        ({"data-path": ""}, "its data cannot be used; the site's own log says why"),
+        ({"data-path": "/nowhere.csv"}, "its data cannot be used; the site's own log says why"),
+    ],
+)
+def test_a_node_that_is_not_set_up_says_what_is_missing(
+    tiny_federation: Any, tmp_path: Path, node: dict[str, Any], reason: str
+) -> None:
+    config = tiny_federation.private(**{"privacy.noise_multiplier": 2.0})
+    answer = Conversation(config, tmp_path, **node).hello()
+    assert answer.error.startswith(reason)
+
+
+def test_a_site_is_named_by_its_place_in_the_list(tiny_federation: Any, tmp_path: Path) -> None:
+    for number, name in enumerate(("east", "north", "south")):
+        talk = Conversation(tiny_federation.config(), tmp_path, **{"site": None, "partition-id": number})
+        assert talk.hello().site == name
+
+
+def test_a_mistake_in_the_data_is_logged_at_the_site_and_not_sent(
+    tiny_federation: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "r.csv").write_text("text,label,patient\na,jane doe's secret,p\n")
+    talk = Conversation(tiny_federation.config(), tmp_path, **{"data-path": str(tmp_path / "r.csv")})
+    with caplog.at_level(logging.ERROR, "fedgraft.site"):
+        answer = talk.hello()
+    assert answer.error == "its data cannot be used; the site's own log says why"
+    assert "record 1 has the label `jane doe's secret`" in caplog.text
+
+
+def test_records_without_patients_are_refused_where_the_patient_is_the_unit(
+    tiny_federation: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "r.csv").write_text("text,label\na,class-yak\nb,class-yak\n")
+    config = tiny_federation.private()
+    answer = Conversation(config, tmp_path, **{"data-path": str(tmp_path / "r.csv")}).hello()
+    assert answer.error == "its data cannot be used; the site's own log says why"
+
+
+def test_a_method_without_exact_gradients_is_refused_before_anything_is_spent(
+    tiny_federation: Any, tmp_path: Path
+) -> None:
+    config = tiny_federation.private(**{"method.name": "dora", "privacy.noise_multiplier": 2.0})
+    answer = Conversation(config, tmp_path).hello()
+    assert "has no exact per-sample gradient" in answer.error
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_noise_that_cannot_keep_the_promise_is_refused_before_anything_is_spent(
+    tiny_federation: Any, tmp_path: Path
+) -> None:
+    config = tiny_federation.private(**{"privacy.noise_multiplier": 0.3})
+    answer = Conversation(config, tmp_path).hello()
+    assert "more than privacy.epsilon 2; raise privacy.noise_multiplier" in answer.error
+    assert not (tmp_path / "ledger.jsonl").exists()
