@@ -120,7 +120,7 @@ def _resumed_config(folder: Path, config: str, overrides: list[str], output: Pat
     elif overrides:
         for assignment in overrides:
             key, _, value = assignment.partition("=")
-            if key.strip() != "rounds" or not value.strip().isdigit():
+            if key.strip() != "rounds" or not value.strip().isdecimal() or not int(value):
                 raise UserError(f"--resume with --set {assignment}: only rounds=NUMBER may change")
             changes["rounds"] = int(value)
     return before.model_copy(update=changes), changes["rounds"]
