@@ -190,7 +190,7 @@ class SiteClient:
             )
         folder = self._surroundings.folder(config, site, context)
         # One process may serve runs that differ in nothing but where the site's data and ledger lie.
-        key = (config.digest(), site, str(folder), str(context.node_config.get("data-path", "")))
+        key = (job.config, site, str(folder), str(context.node_config.get("data-path", "")))
         if key not in self._prepared:
             data = self._surroundings.data(config, site, context)
             task, processor = model.task, model.base.processor

@@ -85,7 +85,7 @@ def train(
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
     with (
-        _training_mode(adapter.model, settings, private=plan is not None),
+        _training_mode(adapter.model, settings, private=plan is not None, dropout=config.method.dropout > 0),
         torch.random.fork_rng(devices=_cuda(resident.device)),
     ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
@@ -199,10 +199,12 @@ class _training_mode:
     site in its running mean, without noise.
     """
 
-    def __init__(self, model: Any, settings: TrainConfig, *, private: bool) -> None:
+    def __init__(self, model: Any, settings: TrainConfig, *, private: bool, dropout: bool) -> None:
         self.model = model
         self.settings = settings
         self.private = private
+        # A model of a few milliseconds a step would notice a walk over all its modules each round.
+        self.switches = settings.gradient_checkpointing or dropout
 
     def __enter__(self) -> None:
         model, settings = self.model, self.settings
@@ -211,11 +213,12 @@ class _training_mode:
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()
-        for name, module in model.named_modules():
-            if ".lora_dropout" in name:
-                module.train()
-            if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
-                module.training = True
+        if self.switches:
+            for name, module in model.named_modules():
+                if ".lora_dropout" in name:
+                    module.train()
+                if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         if settings.gradient_checkpointing:
             # A recomputed layer would append its keys and values to the cache a second time.
             settings_of_base = model.get_base_model().config
@@ -230,4 +233,5 @@ class _training_mode:
             self.model.gradient_checkpointing_disable()
             self.model.disable_input_require_grads()
             self.model.get_base_model().config.use_cache = self.use_cache
-        self.model.eval()
+        if self.switches or self.settings.base_dropout:
+            self.model.eval()
