@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -98,7 +99,7 @@ def simulate(
     out = Console()
     out.print(final_table(result))
     for line in closing_lines(result):
-        out.print(line, soft_wrap=True, highlight=False)
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _resumed_config(folder: Path, config: str, overrides: list[str], output: Path | None) -> tuple[Any, int | None]:
@@ -210,7 +211,7 @@ def doctor() -> None:
     failed = 0
     for name, good, found in checks():
         failed += not good
-        table.add_row(name, "[green]ok[/]" if good else "[red]no[/]", found)
+        table.add_row(name, "[green]ok[/]" if good else "[red]no[/]", escape(found))
     Console().print(table)
     if failed:
         raise UserError(f"{failed} of the checks failed")

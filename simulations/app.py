@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context, console)
     except UserError as error:
         # Flower marks the run as failed by the exception; the line above its traceback is for people.
-        console.print(f"fedgraft: {error}", soft_wrap=True, highlight=False)
+        console.print(f"fedgraft: {error}", soft_wrap=True, highlight=False, markup=False)
         raise
 
 
@@ -69,4 +69,4 @@ def _run(grid: Grid, context: Context, console: Console) -> None:
     run = run_on(grid, config, folder, engine="flower", resume=bool(settings.get("resume")), watch=watch)
     console.print(final_table(run))
     for line in closing_lines(run):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

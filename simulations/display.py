@@ -153,7 +153,7 @@ def final_table(run: Mapping[str, Any]) -> Table:
     private = run["config"]["privacy"]["enabled"]
     unit = run["config"]["privacy"]["unit"]
     rounds = "1 round" if run["rounds"] == 1 else f"{run['rounds']} rounds"
-    table = Table(title=f"{run['name']}: {rounds} of {run['strategy']['name']}, {run['method']['name']}")
+    table = Table(title=Text(f"{run['name']}: {rounds} of {run['strategy']['name']}, {run['method']['name']}"))
     table.add_column("site")
     table.add_column("records", justify="right")
     if private and unit == "patient":

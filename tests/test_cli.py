@@ -148,6 +148,16 @@ def test_without_an_output_the_run_lies_under_runs(
     assert (folder / "report.html").is_file()
 
 
+def test_paths_are_printed_as_they_are(
+    fedgraft: Callable[..., Said], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Brackets in a path are no markup of the terminal's."""
+    folder = tmp_path / "run[red] [/b]"
+    said = fedgraft("simulate", write(rounds=1), "--output", folder)
+    assert said.code == 0
+    assert f"adapter  {folder}/adapter\n" in said.out
+
+
 def test_the_report_is_written_anew(fedgraft: Callable[..., Said], write: Callable[..., Path], tmp_path: Path) -> None:
     fedgraft("simulate", write(rounds=1), "--output", tmp_path / "run")
     page = tmp_path / "run" / "report.html"
