@@ -93,7 +93,7 @@ class Federation:
     def _fresh(self) -> dict[str, Any]:
         fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
         self.checkpoint = Checkpoint(0, self.aggregator.prepare(fresh))
-        self._past = {"seconds": 0.0, "bytes_up": 0, "bytes_down": 0}
+        self._past_seconds = 0.0
         run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}
         checkpoints.save(
             self.rundir.checkpoints, self.checkpoint, self.config.digest(), self.config.server.keep_checkpoints
@@ -128,12 +128,8 @@ class Federation:
                 f"{self.base.fingerprint[:12]})"
             )
         self.aggregator.recall(self.checkpoint.memory)
-        kept = self.rundir.forget_metrics_after(self.checkpoint.round)
-        self._past = {
-            "seconds": float(before.get("seconds", 0.0)),
-            "bytes_up": sum(line["bytes_up"] for line in kept),
-            "bytes_down": sum(line["bytes_down"] for line in kept),
-        }
+        self.rundir.forget_metrics_after(self.checkpoint.round)
+        self._past_seconds = float(before.get("seconds", 0.0))
         again = {"at": now(), "from_round": self.checkpoint.round, "note": "; ".join(notes)}
         return {"run": before["run"], "started": before["started"], "resumed": [*before["resumed"], again]}
 
@@ -319,7 +315,7 @@ class Federation:
         trainings = [line for line in lines if line["kind"] == "train"]
         state, spec = self.checkpoint.state, self.checkpoint.state.spec
         shared = sum(spec.by_name[name].size for name in spec.select("share"))
-        seconds = self._past["seconds"] + time.monotonic() - self.started
+        seconds = self._past_seconds + time.monotonic() - self.started
         up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
         rounds = self.checkpoint.round
         shares = max(1, sum(len(line["sites"]) for line in trainings))

@@ -106,11 +106,10 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
 
-    def forget_metrics_after(self, round: int) -> list[dict[str, Any]]:
-        """Drop the lines of rounds after ``round``, which will be run again, and return the rest."""
+    def forget_metrics_after(self, round: int) -> None:
+        """Drop the lines of rounds after ``round``, which will be run again."""
         kept = [line for line in self.read_metrics() if line["round"] <= round]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        return kept
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..server.app import run_on
 from ..server.rounds import check
 from ..server.rundir import RunDirectory, read_metrics
 from .app import make_simulated_client
-from .engines.flower import run_flower
+from .engines.flower import LOG, run_flower
 from .engines.inprocess import InProcessGrid
 from .scenario import complete, site_data
 
@@ -41,8 +41,8 @@ def simulate(
     try:
         return _run(config, output, engine, resume=False, watch=watch)
     except UserError:
-        # A run that never began leaves nothing worth keeping.
-        if not existed and not read_metrics(output):
+        # A run that never began leaves nothing worth keeping, unless its line points to a log.
+        if not existed and not read_metrics(output) and not (output / LOG).exists():
             shutil.rmtree(output, ignore_errors=True)
         raise
 

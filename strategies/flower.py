@@ -27,6 +27,8 @@ from .aggregator import Aggregator
 
 #: The tolerance of the plan's own promise, so that an epsilon reached exactly is not refused.
 _ROUNDING = 1e-9
+#: More than any site can have: a weight beyond it would drown the other sites, or overflow.
+_MOST_RECORDS = 10**12
 
 
 @dataclass
@@ -63,7 +65,7 @@ class PeftStrategy(Strategy):
         self._config_json = config.to_json()
         self._held: dict[str, AdapterState] = {}
         self._encoded: dict[tuple[str, str], RecordDict] = {}
-        self._waiting: list[str] = []
+        self._waiting: set[str] = set()
         self._answered = 0
 
     # Flower's Strategy
@@ -108,11 +110,11 @@ class PeftStrategy(Strategy):
 
     def second_chances(self) -> Iterable[Message]:
         """Full instructions for sites that turned out not to hold the adapter (a restarted site)."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, set()
         for site in waiting:
             self._held.pop(site, None)
-            del self.phase.missing[site]
-        return self._instructions(waiting)
+            self.phase.missing.pop(site, None)
+        return self._instructions(sorted(waiting))
 
     def finish_train(self) -> bool:
         """Make the aggregate the next global adapter; False, and no change, below the quorum."""
@@ -139,7 +141,7 @@ class PeftStrategy(Strategy):
     def _begin(self, kind: Kind, server_round: int) -> Iterator[Message]:
         self.phase = Phase(kind, server_round)
         self._answered = 0
-        self._waiting = []
+        self._waiting = set()
         return self._instructions(sorted(self.sites.values()))
 
     def _instructions(self, names: list[str]) -> Iterator[Message]:
@@ -195,7 +197,7 @@ class PeftStrategy(Strategy):
         self.phase.bytes_up += content_bytes(reply.content)
         if answer.error:
             if answer.code == NEEDS_STATE:
-                self._waiting.append(site)
+                self._waiting.add(site)
             raise UserError(answer.error)
         if self.phase.kind == "train":
             shared = self.state.spec.select("share")
@@ -203,7 +205,7 @@ class PeftStrategy(Strategy):
             if state.spec != self.state.spec:
                 raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
             records = answer.metrics.get("records", 0)
-            if records <= 0:
+            if not 1 <= records <= _MOST_RECORDS:
                 raise UserError(f"{site}: trained on {records:g} records")
             privacy = answer.privacy or PrivacyStatement(enabled=False)
             if self.config.privacy.enabled:

@@ -54,6 +54,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+#: What Flower's runtime said, kept in the run directory when it ended before the run did.
+LOG = "flower.log"
 _START_TIMEOUT = 60.0
 _STOP_TIMEOUT = 15.0
 
@@ -207,8 +209,9 @@ def _outcome(output: Path, before: list[Any] | None, log: Path, watch: Watch) ->
                 return run
             if run["status"] == "failed":
                 raise UserError(run["error"])
-    kept = output / "flower.log"
+    kept = output / LOG
     with contextlib.suppress(OSError):
+        output.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, kept)
     raise UserError(f"Flower's runtime ended before the run did: {_last_line(log)} (whole log: {kept})")
 

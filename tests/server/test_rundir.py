@@ -131,7 +131,8 @@ def test_metrics_are_appended_and_a_torn_line_is_left_out(begun: Path) -> None:
         path = begun / "metrics.jsonl"
         path.write_bytes(path.read_bytes() + b'{"round": 4, "ki')
         assert [line["round"] for line in rundir.read_metrics()] == [0, 1, 2, 3]
-        assert [line["round"] for line in rundir.forget_metrics_after(2)] == [0, 1, 2]
+        rundir.forget_metrics_after(2)
+        assert [line["round"] for line in rundir.read_metrics()] == [0, 1, 2]
         rundir.append_metrics({"round": 3, "kind": "train"})
     assert [line["round"] for line in read_metrics(begun)] == [0, 1, 2, 3]
 

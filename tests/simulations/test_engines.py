@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -248,6 +249,25 @@ def test_without_ray_the_line_says_what_to_install(
         "the flower engine needs Flower's simulation runtime: pip install 'fedgraft[simulation]'"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_when_flowers_runtime_dies_its_last_word_is_told_and_its_log_kept(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(command: list[str], home: Path, *more: Any) -> Path:
+        (home / "run.log").write_text("starting\nSomeError: out of memory\nbye\n")
+        return home / "run.log"
+
+    monkeypatch.setattr(flower, "_superlink", lambda home: contextlib.nullcontext("127.0.0.1:1"))
+    monkeypatch.setattr(flower, "_follow", dies)
+    with pytest.raises(UserError) as caught:
+        runs.simulate(tiny_federation.config(), tmp_path / "run", engine="flower")
+    kept = tmp_path / "run" / "flower.log"
+    assert str(caught.value) == (
+        f"Flower's runtime ended before the run did: SomeError: out of memory (whole log: {kept})"
+    )
+    assert kept.read_text().startswith("starting")
+    assert tiny_federation.run(tiny_federation.config(rounds=1), tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_a_site_without_the_adapter_gets_it_in_the_same_round() -> None:
     first = train(strategy)
     refusal = encode_refusal(UserError("not held here"), site="north", round=1, code=NEEDS_STATE)
     strategy.collect(replies(first, east=update("east", 1), north=refusal, south=update("south", 1)))
+    strategy.collect(replies(first, north=refusal))
     again = list(strategy.second_chances())
     assert [SITES[message.metadata.dst_node_id] for message in again] == ["north"]
     assert len(table(again[0].content)["tensors"]) == 4
@@ -362,6 +363,8 @@ FORGERIES: list[tuple[str, Callable[[RecordDict], None], str]] = [
     ("list as a metric", _metric("steps", [1, 2]), "south: metric `steps` is [1, 2]"),
     ("metric that is no number", _metric("steps", float("nan")), "south: metric `steps` is nan"),
     ("no records", _metric("records", 0), "south: trained on 0 records"),
+    ("a fraction of a record", _metric("records", 1e-9), "south: trained on 1e-09 records"),
+    ("more records than there are", _metric("records", 1e300), "south: trained on 1e+300 records"),
     ("a note beside the name", _site(note="hello"), "south: the answer does not say which site it is"),
     ("undeclared fact", _fact, "south: undeclared fact in the answer"),
     ("another site's name", _site(name="north"), "north: answered from a node that is registered as south"),
