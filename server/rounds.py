@@ -101,7 +101,10 @@ class Federation:
         return run
 
     def _resumed(self) -> dict[str, Any]:
-        before = self.rundir.read_run()
+        before, begun = self.rundir.read_run(), self.rundir.config()
+        for key in type(begun).model_fields:
+            if key not in ("rounds", "name") and getattr(begun, key) != getattr(self.config, key):
+                raise UserError(f"{self.rundir.path}: was begun with another `{key}`; only rounds may change")
         notes: list[str] = []
 
         class Noting(Watch):

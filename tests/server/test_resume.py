@@ -192,7 +192,11 @@ def test_a_run_killed_before_it_said_anything_is_begun_anew(
     [
         ([("saved", 3)], {}),
         ([("step", "train", 2, "north", 2)], {"east": 3, "north": 3}),
-        ([("step", "train", 1, "east", 1), ("step", "train", 2, "south", 1)], {"east": 6, "north": 3, "south": 3}),
+        pytest.param(
+            [("step", "train", 1, "east", 1), ("step", "train", 2, "south", 1)],
+            {"east": 6, "north": 3, "south": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["after the last checkpoint", "in training", "twice"],
 )
