@@ -58,7 +58,8 @@ def main() -> None:
     cases = {entry["unit"]: entry for entry in before["cases"]}
     for name in arguments.only or CASES:
         cases[name] = case(name, arguments.repeats)
-        results = {"threads": torch.get_num_threads(), "torch": torch.__version__, "cases": list(cases.values())}
+        conditions = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        results = {"conditions": conditions, "cases": list(cases.values())}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
