@@ -7,17 +7,19 @@ import multiprocessing
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from fedgraft.core.adapter import AdapterState
 from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.privacy import Ledger, epsilon
 from fedgraft.server.rundir import RunDirectory
+from fedgraft.strategies import aggregator, averaging
 
 #: A run in a process of its own that kills itself, as the kernel would, once it has come to AT.
 CHILD = """
@@ -327,6 +329,44 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(
     result = tiny_federation.resume(tiny_federation.config(), finished)
     assert result["accuracy"] == whole["accuracy"]
     assert [line["round"] for line in tinyfederation.metrics(finished, "evaluate")] == [0, 1, 2, 3]
+
+
+class Remembering(averaging.FedIT):
+    """Momentum over rounds: what comes next depends on more than the present adapter."""
+
+    _momentum: AdapterState | None = None
+
+    def start_round(self, state: AdapterState) -> None:
+        super().start_round(state)
+        self._before = state
+
+    def result(self) -> AdapterState:
+        mean = super().result()
+        step = mean - self._before.only(mean)
+        if self._momentum is not None:
+            step = step + 0.5 * self._momentum
+        self._momentum = step
+        return self._before.only(mean) + step
+
+    def memory(self) -> dict[str, AdapterState]:
+        return {} if self._momentum is None else {"momentum": self._momentum}
+
+    def recall(self, memory: Mapping[str, AdapterState]) -> None:
+        self._momentum = memory.get("momentum")
+
+
+def test_what_a_strategy_remembers_survives(
+    tiny_federation: Any, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(aggregator._STRATEGIES, "remembering", Remembering)
+    config = tiny_federation.config(strategy="remembering")
+    first = tiny_federation.run(config, tmp_path / "run")
+    assert first["digest"] != whole["digest"]
+    _no_manifest(tmp_path / "run" / "checkpoints" / "round-0003")
+    again = tiny_federation.resume(config, tmp_path / "run")
+    assert again["digest"] == first["digest"]
+    # All attempts together took their time.
+    assert again["seconds"] > first["seconds"]
 
 
 def test_another_base_model_is_refused(

@@ -53,6 +53,22 @@ def test_there_are_22_chapters_and_every_phrase_has_one() -> None:
     assert all(len(category) == 3 for categories in found.values() for category in categories)
 
 
+def test_a_phrase_of_several_chapters_belongs_to_none() -> None:
+    import simple_icd_10_cm as icd
+
+    chapters: dict[str, set[str]] = {}
+    chapter = ""
+    for code in icd.get_all_codes(with_dots=True):
+        if icd.is_chapter(code):
+            chapter = code
+        elif not icd.is_block(code):
+            for phrase in (icd.get_description(code), *icd.get_inclusion_term(code)):
+                chapters.setdefault(normal(phrase), set()).add(chapter)
+    several = {phrase for phrase, where in chapters.items() if len(where) > 1}
+    assert several
+    assert set(category_of()) == set(chapters) - several
+
+
 def test_no_phrase_and_no_category_is_both_trained_on_and_held_out(data: dict[str, SiteData]) -> None:
     place = category_of()
     train = {normal(text) for site in data.values() for text in site.train.inputs}
