@@ -17,6 +17,7 @@ from rich.table import Table
 
 from . import __version__
 from .core.errors import UserError
+from .privacy.commands import app as privacy
 
 app = typer.Typer(
     name="fedgraft",
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(privacy, name="privacy")
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -164,7 +164,7 @@ class SiteClient:
         prepared, model = self._site(job, config, site, context)
         state = self._with_local(self._receive(content, context, model), context)
         metrics: dict[str, float] = {}
-        if config.evaluate.release == "exact":
+        if config.evaluation_release != "none":
             metrics = evaluate(model, state, prepared.held_out, config)
         privacy = self._spent(config, prepared)
         return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)

@@ -101,8 +101,40 @@ class PrivacyConfig(Section):
     epsilon: float = Field(8.0, gt=0, description="budget of each site for the whole run")
     delta: float = Field(1e-5, gt=0, lt=1, description="below 1 / units of every site")
     unit: Literal["record", "patient"] = Field("record", description="whose data the promise protects")
-    clip: float = Field(1.0, gt=0, description="L2 bound C on one unit's gradient")
+    neighbours: Literal["add_remove", "replace_one"] = Field(
+        "add_remove", description="data sets to be told apart: one unit more or less, or one replaced"
+    )
+    records_per_patient: int = Field(1, ge=1, description="most records that a sampled patient gives a step")
+    patient_gradient: Literal["mean", "sum"] = Field(
+        "mean", description="what of a patient's records is clipped, once: the mean of their gradients, or the sum"
+    )
+    sampler: Literal["poisson", "truncated_poisson", "cyclic"] = Field(
+        "poisson", description="how a step's units are drawn; cyclic: in turn, for sites that cannot sample"
+    )
+    max_batch: int = Field(0, ge=0, description="most units a step, for truncated_poisson")
+    bands: int = Field(1, ge=1, description="correlated noise over so many steps (banded matrix); 1: independent")
+    clip: float = Field(1.0, gt=0, description="L2 bound C on one unit's gradient; with clip_quantile the first one")
+    clip_quantile: float = Field(0.0, ge=0, lt=1, description="adapt C to this quantile of the norms; 0: C is fixed")
+    clip_rate: float = Field(0.2, gt=0, description="how fast C adapts")
     noise_multiplier: float = Field(0.0, ge=0, description="noise std over clip; 0: the least that keeps epsilon")
+    engine: Literal["exact", "opacus"] = Field(
+        "exact", description="who computes per-sample gradients: fedgraft, or Opacus where it is right"
+    )
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tight; rdp is looser, never below the truth")
+    seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
+
+
+class CentralConfig(Section):
+    """Client-level privacy that the server adds: whether a site took part at all. Off unless asked for."""
+
+    enabled: bool = Field(False, description="noise the aggregate; the server is trusted for this one")
+    epsilon: float = Field(8.0, gt=0, description="budget of the whole run, for a site's whole contribution")
+    delta: float = Field(1e-3, gt=0, lt=1, description="below 1 / sites")
+    clip: float = Field(1.0, gt=0, description="L2 bound on one site's change; with clip_quantile the first one")
+    clip_quantile: float = Field(0.0, ge=0, lt=1, description="adapt the bound to this quantile; 0: it is fixed")
+    clip_rate: float = Field(0.2, gt=0, description="how fast the bound adapts")
+    noise_multiplier: float = Field(0.0, ge=0, description="noise std over clip; 0: the least that keeps epsilon")
+    sampling_rate: float = Field(1.0, gt=0, le=1, description="chance of each site to be asked in a round")
     seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
 
 
@@ -121,8 +153,9 @@ class EvaluateConfig(Section):
 
     every: int = Field(1, ge=0, description="evaluate after every n-th round; 0: only before and after the run")
     batch_size: int = Field(128, ge=1, description="examples in one forward pass")
-    release: Literal["exact", "none"] = Field(
-        "exact", description="exact: counts over held-out records leave the site; none: nothing does"
+    release: Literal["auto", "noised", "exact_not_private", "none"] = Field(
+        "auto",
+        description="counts over held-out records: noised and paid for (auto: under DP), exact (auto: without), none",
     )
 
 
@@ -181,6 +214,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    central: CentralConfig = CentralConfig()
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig
@@ -201,7 +235,29 @@ class RunConfig(Section):
             raise ValueError(
                 "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"
             )
+        privacy = self.privacy
+        if privacy.records_per_patient > 1 and privacy.unit != "patient":
+            raise ValueError('privacy.records_per_patient needs privacy.unit = "patient"')
+        if privacy.records_per_patient > self.train.micro_batch:
+            raise ValueError(
+                f"privacy.records_per_patient is {privacy.records_per_patient}, more than train.micro_batch "
+                f"{self.train.micro_batch}: a patient's records are clipped together, so make micro_batch as large"
+            )
+        if (privacy.sampler == "truncated_poisson") != bool(privacy.max_batch):
+            raise ValueError('privacy.max_batch and privacy.sampler = "truncated_poisson" go together')
+        if privacy.max_batch and privacy.max_batch < self.train.batch_size:
+            raise ValueError(
+                f"privacy.max_batch {privacy.max_batch} is below train.batch_size {self.train.batch_size}, the "
+                "expected batch; give a larger one"
+            )
         return self
+
+    @property
+    def evaluation_release(self) -> Literal["noised", "exact_not_private", "none"]:
+        """What ``evaluate.release`` comes to in this run."""
+        if self.evaluate.release == "auto":
+            return "noised" if self.privacy.enabled else "exact_not_private"
+        return self.evaluate.release
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -243,6 +299,8 @@ def _nearest(key: str) -> str:
         keys = [site[0] + name for name in SiteConfig.model_fields]
     leaf = key.rsplit(".", 1)[-1]
     match = [full for full in keys if full.rsplit(".", 1)[-1] == leaf]
+    # The two promises have the same keys, and the site's own is the one that people mean.
+    match = [full for full in match if f"privacy.{leaf}" not in match or full == f"privacy.{leaf}"]
     if len(match) != 1:
         match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or match[:1]
     return f"; did you mean `{match[0]}`?" if match else "; see docs/configuration.md for the keys"

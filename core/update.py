@@ -13,7 +13,9 @@ class PrivacyStatement:
     """A site's privacy guarantee so far, over every step it ever took on this data in this run.
 
     ``epsilon`` and ``delta`` hold for add/remove of one ``unit``. ``steps`` counts all noisy steps, also those of
-    rounds that were lost. ``enabled`` false: nothing is promised and the other fields mean nothing.
+    rounds that were lost. ``metrics``: how evaluation counts leave the site (noised, exact_not_private, none);
+    ``ledger``: the hash of the last line of the site's ledger. ``enabled`` false: nothing is promised and the other
+    fields mean nothing.
     """
 
     enabled: bool
@@ -28,6 +30,8 @@ class PrivacyStatement:
     neighbours: str = "add_remove"
     accountant: str = "pld"
     private_noise: bool = True
+    metrics: str = "none"
+    ledger: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ the epsilon reported is an upper bound.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import dp_accounting
 from dp_accounting import pld
@@ -27,11 +29,14 @@ _TOLERANCE = 1e-3
 @dataclass(frozen=True, order=True)
 class Event:
     """``steps`` releases of a Gaussian sum with noise std ``noise_multiplier`` times the clip, each over a Poisson
-    sample of the privacy units at ``sampling_rate``."""
+    sample of the privacy units at ``sampling_rate``; where ``max_batch`` is given, of ``units`` units, and cut down to
+    ``max_batch`` of them at random."""
 
     noise_multiplier: float
     sampling_rate: float
     steps: int
+    units: int = 0
+    max_batch: int = 0
 
     def __post_init__(self) -> None:
         for value in (self.noise_multiplier, self.sampling_rate):
@@ -43,15 +48,33 @@ class Event:
             raise ValueError("the sampling rate must be in (0, 1]")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError("an event has a whole number of steps, at least one")
+        for count in (self.units, self.max_batch):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError("units and max_batch are whole numbers, 0 for none")
+        if bool(self.units) != bool(self.max_batch):
+            raise ValueError("units and max_batch go together")
+
+    def to_dict(self) -> dict[str, float | int]:
+        """What a ledger line says of it; the inverse of :meth:`from_dict`."""
+        values = asdict(self)
+        return (
+            values if self.max_batch else {key: values[key] for key in ("noise_multiplier", "sampling_rate", "steps")}
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Event:
+        """Read the event out of a ledger line, other entries ignored. Raises KeyError, ValueError or TypeError."""
+        more = {key: values[key] for key in ("units", "max_batch") if key in values}
+        return cls(values["noise_multiplier"], values["sampling_rate"], values["steps"], **more)
 
 
 def merged(events: tuple[Event, ...]) -> tuple[Event, ...]:
     """Equal mechanisms added up, sorted: composition does not depend on the order."""
-    total: dict[tuple[float, float], int] = {}
+    total: dict[Event, int] = {}
     for event in events:
-        key = (event.noise_multiplier, event.sampling_rate)
+        key = replace(event, steps=1)
         total[key] = total.get(key, 0) + event.steps
-    return tuple(sorted(Event(noise, rate, steps) for (noise, rate), steps in total.items()))
+    return tuple(sorted(replace(event, steps=steps) for event, steps in total.items()))
 
 
 def _accountant() -> pld.PLDAccountant:

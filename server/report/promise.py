@@ -97,7 +97,7 @@ def _evaluation_words(record: Record) -> str:
     release = record.config("evaluate").get("release")
     if release == "none":
         return "Each site tests the adapter on its held-out records and releases nothing of it."
-    if release == "exact":
+    if release in ("auto", "exact_not_private"):
         return (
             "After a round each site tests the adapter on its held-out records, which are not trained on, and sends "
             "the number tested, the number right and the summed loss. These counts leave the site <b>un-noised and are "

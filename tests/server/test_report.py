@@ -23,7 +23,7 @@ def make_run(
     sites: tuple[str, ...] = SITES,
     rounds: int = 3,
     private: bool = True,
-    release: str = "exact",
+    release: str = "exact_not_private",
     **changes: Any,
 ) -> Path:
     """A run directory as the server writes it, of a run that never was; ``changes`` are keys of ``run.json``."""
@@ -37,7 +37,7 @@ def make_run(
             "data": {"source": "icd10", "sites": [f"site-{index}" for index in range(len(sites))]},
         }
     ).model_dump(mode="json")
-    released = release == "exact"
+    released = release == "exact_not_private"
     run: dict[str, Any] = {
         "schema": 1,
         "fedgraft": "0.1.0",

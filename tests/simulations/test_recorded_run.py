@@ -21,7 +21,7 @@ TABLE = {"version", "spec", "state", "rest", "wire", "tensors", "freeze", "local
 FACTS = {"spec", "fingerprint"}
 PRIVACY = {
     *("enabled", "unit", "epsilon", "delta", "clip", "noise_multiplier", "sampling_rate", "steps"),
-    *("sampler", "neighbours", "accountant", "private_noise"),
+    *("sampler", "neighbours", "accountant", "private_noise", "metrics", "ledger"),
 }
 COUNTS = {"examples", "correct", "loss_sum"}
 FACTOR_A = re.compile(
