@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -20,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UserError
-from .noise import RandomStream
 
+ENGINES = ("exact", "opacus")
 _EXACT = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, Conv1D)
 _EXACT_NORMS = ("RMSNorm", "T5LayerNorm")
 # How far a row may lie from its own backward pass: a wrong rule is wrong by a multiple, bf16 by a few thousandths. The
@@ -30,27 +31,44 @@ _ROW_TOLERANCE = 0.05
 _WHOLE_TOLERANCE = 0.005
 
 
+class Noise(Protocol):
+    """Whatever draws the noise of a step."""
+
+    def normal_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Normals of standard deviation 1 in the shape, dtype and device of ``tensor``."""
+        ...
+
+
+def create_engine(name: str, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> ClippedGradients:
+    """The engine that ``privacy.engine`` names. Raises :class:`UserError` where it could not be exact."""
+    if name not in ENGINES:
+        raise UserError(f"privacy.engine is `{name}`; there are {', '.join(ENGINES)}")
+    return ClippedGradients(model, trainables, clip)
+
+
 class ClippedGradients:
     """Turns per-sample losses into one noisy, clipped gradient a logical batch.
 
     ``trainables``: the parameters that train, by name; ``clip``: C; use as a context manager, since it hooks ``model``.
-    Call :meth:`add` for each physical batch of a step, then :meth:`release`, also for an empty batch. ``skipped``
-    counts rows left out because they were not finite; it is not noised and must not leave the site.
+    Say :meth:`expect` before each forward pass and :meth:`add` after it, for each physical batch of a step; then
+    :meth:`release`, also for an empty step. ``clip`` may be set between steps. ``skipped`` counts rows left out because
+    they were not finite; ``within`` and ``over`` count the units of the step so far whose norm was at most C, and above
+    it. None of the three is noised: they must not leave the site.
 
     Guarantee
     ---------
-    With rows that belong to one privacy unit each, and losses that each hang on their own row alone, the sum that
-    :meth:`release` noises has L2 sensitivity C under add/remove of a unit: each row is scaled by min(1, C / norm),
-    norms and sums in float32 (or wider) over *all* trainables. Construction raises :class:`UserError` for a trainable
-    without an exact per-sample gradient, for one that is not listed, and for layers that normalise over the batch.
+    With losses that each hang on their own row alone, and all rows of a privacy unit in one :meth:`add`, the sum that
+    :meth:`release` noises has L2 sensitivity C under add/remove of a unit: the gradients of a unit's rows are summed
+    and scaled by min(1, C / norm), norms and sums in float32 (or wider) over *all* trainables. Construction
+    raises :class:`UserError` for a trainable without an exact per-sample gradient, for one that is not listed, and for
+    layers that normalise over the batch.
     """
 
     def __init__(self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> None:
-        if not (clip > 0 and math.isfinite(clip)):
-            raise UserError(f"privacy.clip is {clip:g}; it must be a positive, finite number")
         self.trainables = dict(trainables)
         self.clip = clip
-        self.skipped = 0
+        self.skipped = self.within = self.over = 0
+        self._expected: int | None = None
         self._model = model
         require_exact(model, self.trainables)
         self._norms = _require_separate(model)
@@ -59,9 +77,25 @@ class ClippedGradients:
         self._modes: list[tuple[nn.Module, bool]] = []
         self._hooks: GradSampleHooks | None = None
 
+    @property
+    def clip(self) -> float:
+        """C, the bound on the norm of one unit's gradient."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: float) -> None:
+        if not (clip > 0 and math.isfinite(clip)):
+            raise UserError(f"privacy.clip is {clip:g}; it must be a positive, finite number")
+        self._clip = clip
+
+    def expect(self, rows: int) -> None:
+        """Say how many rows the next forward pass will have."""
+        self._expected = rows
+
     def __enter__(self) -> ClippedGradients:
         # What an earlier step left unreleased must not join this one's sum.
         self._sum, self._modes = None, []
+        self._expected, self.within, self.over = None, 0, 0
         try:
             self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -90,12 +124,21 @@ class ClippedGradients:
                 if hasattr(parameter, leftover):
                     delattr(parameter, leftover)
 
-    def add(self, losses: torch.Tensor) -> None:
-        """Backward through ``losses`` (one a row, shape (B,)), clip each row's gradient and add it to the sum."""
+    def add(self, losses: torch.Tensor, units: torch.Tensor | None = None) -> None:
+        """Backward through ``losses`` (one a row, shape (B,)), clip each unit's gradient and add it to the sum.
+
+        ``units`` (B,): rows with the same number belong to one privacy unit, which must be whole in this batch: their
+        gradients are summed, then clipped once. Without it each row is a unit.
+        """
         if losses.dim() != 1:
             raise UserError(
                 f"the task gave a loss of shape {list(losses.shape)}; under DP it must be one number an example"
             )
+        expected, self._expected = self._expected, None
+        if expected is not None and expected != len(losses):
+            raise UserError(f"the task gave {len(losses)} losses for {expected} examples; under DP each needs its own")
+        if units is not None and units.shape != losses.shape:
+            raise ValueError(f"{len(units)} unit numbers for {len(losses)} rows")
         if not len(losses):
             return
         for path, module in self._norms:
@@ -109,12 +152,30 @@ class ClippedGradients:
             finite = torch.isfinite(norms)
             if verify:
                 self._verify(losses, gradients, norms)
-            scale = torch.where(finite, (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-            if not bool(finite.all()):
-                self.skipped += int((~finite).sum())
-                gradients = torch.where(finite[:, None], gradients, 0.0)
-            total = scale @ gradients
-            self._sum = total if self._sum is None else self._sum + total
+            self._accumulate(gradients, finite, units)
+
+    def _accumulate(self, gradients: torch.Tensor, finite: torch.Tensor, units: torch.Tensor | None) -> None:
+        """Add the rows of ``gradients`` to the sum, each unit's scaled to norm C at most."""
+        if not bool(finite.all()):
+            self.skipped += int((~finite).sum())
+            gradients = torch.where(finite[:, None], gradients, 0.0)
+        if units is not None:
+            _, index = torch.unique(units[finite].to(gradients.device), return_inverse=True)
+            rows = gradients[finite]
+            gradients = rows.new_zeros(int(index.max()) + 1 if len(index) else 0, rows.shape[1])
+            gradients.index_add_(0, index, rows)
+        norms = torch.linalg.vector_norm(gradients, dim=1)
+        # A sum of finite rows may overflow; rows that were left out above have norm zero here.
+        usable = torch.isfinite(norms)
+        if not bool(usable.all()):
+            self.skipped += int((~usable).sum())
+            gradients = torch.where(usable[:, None], gradients, 0.0)
+        counted = usable if units is not None else usable & finite
+        self.within += int((counted & (norms <= self.clip)).sum())
+        self.over += int((counted & (norms > self.clip)).sum())
+        scale = torch.where(usable, (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        total = scale @ gradients
+        self._sum = total if self._sum is None else self._sum + total
 
     def _rows(self, losses: torch.Tensor, *, keep_graph: bool) -> torch.Tensor:
         """Each row's gradient over all trainables, shape (B, P), float32 or wider."""
@@ -166,7 +227,7 @@ class ClippedGradients:
                 raise _refusal(name, "the hooks gave another gradient than its example alone")
         self._verified = True
 
-    def release(self, noise_multiplier: float, expected_batch: float, stream: RandomStream) -> None:
+    def release(self, noise_multiplier: float, expected_batch: float, noise: Noise) -> None:
         """Write (sum + noise_multiplier * C * N(0, I)) / expected_batch into each parameter's ``grad``.
 
         ``noise_multiplier`` and ``expected_batch`` are the plan's; zero noise is for measuring the clipped sum itself.
@@ -179,8 +240,8 @@ class ClippedGradients:
             wide = torch.float64 if first.dtype == torch.float64 else torch.float32
             size = sum(parameter.numel() for parameter in self.trainables.values())
             total = torch.zeros(size, dtype=wide, device=first.device)
-        self._sum = None
-        noisy = (total + noise_multiplier * self.clip * stream.normal_like(total)) / expected_batch
+        self._sum, self.within, self.over = None, 0, 0
+        noisy = (total + noise_multiplier * self.clip * noise.normal_like(total)) / expected_batch
         at = 0
         for parameter in self.trainables.values():
             size = parameter.numel()
@@ -204,8 +265,10 @@ def _require_separate(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return norms
 
 
-def require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> None:
+def require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter], engine: str = "exact") -> None:
     """Raise :class:`UserError` that names the first trainable whose owner has no exact per-sample rule."""
+    if engine not in ENGINES:
+        raise UserError(f"privacy.engine is `{engine}`; there are {', '.join(ENGINES)}")
     if not trainables:
         raise UserError("no tensor trains: there is nothing to clip")
     for name, parameter in trainables.items():
