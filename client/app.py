@@ -165,7 +165,7 @@ class SiteClient:
         state = self._with_local(self._receive(content, context, model), context)
         metrics: dict[str, float] = {}
         if config.evaluation_release != "none":
-            metrics = evaluate(model, state, prepared.held_out, config)
+            metrics = evaluate(model, state, prepared.held_out, config).exact()
         privacy = self._spent(config, prepared)
         return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)
 

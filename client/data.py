@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ import pyarrow.parquet
 from ..core.config import RunConfig
 from ..core.errors import PrivateError, UserError
 from ..core.tasks import create_task
-from ..privacy.noise import RandomStream
-from ..privacy.sampling import group_by_unit
+from ..privacy.sampling import group_by_unit, shares
+from .identity import fingerprint, record_digests, unit_keys
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Records:
-    """Raw records: ``inputs`` (texts or image paths), ``labels`` as indices into the label set, ``patients`` keys."""
+    """Raw records: ``inputs`` (texts, or paths of images), ``labels`` as indices into the label set, ``patients``."""
 
     inputs: Sequence[Any]
     labels: np.ndarray | None = None
@@ -32,6 +33,17 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of what each record holds. Raises :class:`PrivateError` for an image that cannot be read."""
+        return record_digests(self.inputs, self.labels, self.patients)
+
+    def units(self, *, by_patient: bool) -> tuple[list[np.ndarray], list[bytes]]:
+        """Record indices of each privacy unit, and its key, which hangs on the unit alone."""
+        patients = self.patients if by_patient else None
+        groups = group_by_unit(patients, len(self))
+        return groups, unit_keys(groups, self.digests, patients)
 
     def take(self, indices: np.ndarray) -> Records:
         return Records(
@@ -43,11 +55,15 @@ class Records:
 
 @dataclass(frozen=True)
 class SiteData:
-    """What one site trains on and what it holds out. No patient is in both."""
+    """What one site trains on and what it holds out. No patient is in both.
+
+    ``split`` names the rule that told them apart: under one rule a patient is always on the same side.
+    """
 
     site: str
     train: Records
     held_out: Records
+    split: str = "as given"
 
     def __post_init__(self) -> None:
         if not len(self.train):
@@ -56,6 +72,11 @@ class SiteData:
             both = set(self.train.patients) & set(self.held_out.patients)
             if both:
                 raise PrivateError(f"site {self.site}: {len(both)} patients are both trained on and held out")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all records, whatever their order and however they are split."""
+        return fingerprint([*self.train.digests, *self.held_out.digests])
 
 
 def read_records(path: str | Path, config: RunConfig) -> Records:
@@ -75,7 +96,7 @@ def read_records(path: str | Path, config: RunConfig) -> Records:
     column = data.text_column if task.input_kind == "text" else data.image_column
     inputs = _column(rows, column, path, f"data.{task.input_kind}_column")
     if task.input_kind == "image":
-        inputs = [str(path.parent / str(name)) for name in inputs]
+        inputs = [path.parent / str(name) for name in inputs]
     labels = None
     if task.labelled:
         labels = label_indices(
@@ -106,15 +127,23 @@ def label_indices(labels: Sequence[Any], known: Sequence[str], where: str) -> np
 
 
 def split(records: Records, config: RunConfig, site: str) -> SiteData:
-    """Hold out ``data.test_fraction`` of the patients (of the records, where there is no patient column)."""
-    groups = group_by_unit(records.patients, len(records))
-    order = RandomStream.seeded_not_private(config.seed, site, "held-out").permutation(len(groups))
-    count = min(max(1, round(len(groups) * config.data.test_fraction)), len(groups) - 1)
-    if count < 1:
+    """Hold out about ``data.test_fraction`` of the patients (of the records, where there is no patient column).
+
+    On which side a patient falls is drawn from its own key, so that one patient more or less moves no other: else a
+    neighbouring data set would train on other people altogether.
+    """
+    groups, keys = records.units(by_patient=records.patients is not None)
+    away = shares(keys, config.seed, site, "held-out") < config.data.test_fraction
+    if len(groups) < 2:
         raise PrivateError(f"site {site} has one patient or record: too few to hold any out")
-    held_out = np.sort(np.concatenate([groups[i] for i in order[:count]]))
-    train = np.sort(np.concatenate([groups[i] for i in order[count:]]))
-    return SiteData(site, records.take(train), records.take(held_out))
+    if away.all() or not away.any():
+        raise PrivateError(
+            f"site {site}: of its {len(groups)} patients or records {'all' if away.all() else 'none'} fell into the "
+            "held-out part; change data.test_fraction or seed"
+        )
+    sides = [np.sort(np.concatenate([groups[i] for i in np.flatnonzero(side)])) for side in (~away, away)]
+    rule = f"seed {config.seed}, {config.data.test_fraction:g} held out"
+    return SiteData(site, records.take(sides[0]), records.take(sides[1]), rule)
 
 
 def load_site(config: RunConfig, site: str, path: str) -> SiteData:
@@ -174,4 +203,4 @@ def _image_folder(path: Path, config: RunConfig) -> Records:
             'privacy.unit = "record"'
         )
     labels = label_indices([file.parent.name for file in files], config.task.labels, str(path))
-    return Records([str(file) for file in files], labels)
+    return Records(files, labels)

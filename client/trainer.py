@@ -18,10 +18,10 @@ from ..core.adapter import AdapterState
 from ..core.config import RunConfig, TrainConfig
 from ..core.errors import UserError
 from ..core.tasks import Batch, Example
-from ..privacy.clipping import ClippedGradients
+from ..privacy.clipping import create_engine
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
-from ..privacy.sampling import poisson_batch, shuffled_batches
+from ..privacy.sampling import Sample, draw, shuffled_batches
 from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
@@ -42,6 +42,30 @@ def by_length(examples: Sequence[Example], indices: Iterable[int], size: int) ->
     order = sorted(indices, key=lambda index: examples[index]["length"])
     for start in range(0, len(order), size):
         yield [examples[index] for index in order[start : start + size]]
+
+
+def by_unit(examples: Sequence[Example], sample: Sample, size: int) -> Iterator[tuple[list[Example], np.ndarray]]:
+    """The sample in batches of at most ``size`` records, shortest first, and of each record its unit in that batch.
+
+    All records of a unit come in one batch, or it would be clipped in parts.
+    """
+    members: dict[int, list[int]] = {}
+    for record, unit in zip(sample.records.tolist(), sample.units.tolist(), strict=True):
+        members.setdefault(unit, []).append(record)
+    batch: list[list[int]] = []
+    for own in sorted(members.values(), key=lambda own: max(examples[record]["length"] for record in own)):
+        if batch and sum(map(len, batch)) + len(own) > size:
+            yield _numbered(examples, batch)
+            batch = []
+        batch.append(own)
+    if batch:
+        yield _numbered(examples, batch)
+
+
+def _numbered(examples: Sequence[Example], batch: list[list[int]]) -> tuple[list[Example], np.ndarray]:
+    return [examples[record] for own in batch for record in own], np.repeat(
+        np.arange(len(batch)), [len(own) for own in batch]
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -152,14 +176,22 @@ def _private_steps(
     on_step: OnStep,
 ) -> None:
     settings, task, model = config.train, resident.task, resident.adapter.model
-    with ClippedGradients(model, trainables, plan.clip) as gradients:
+    several = config.privacy.records_per_patient
+    with create_engine(config.privacy.engine, model, trainables, plan.clip) as gradients:
         for step in range(settings.local_steps):
-            chosen = poisson_batch(groups, plan.sampling_rate, stream)
-            for micro in by_length(examples, chosen, settings.micro_batch):
+            sample = draw(groups, plan.sampling_rate, stream, records_per_unit=several)
+            for micro, units in by_unit(examples, sample, settings.micro_batch):
                 batch = to_device(task.collate(micro, resident.base.processor), resident.device)
+                gradients.expect(len(micro))
                 with autocast(settings, resident.device):
                     losses = task.losses(model, batch)
-                gradients.add(losses)
+                if several == 1:
+                    gradients.add(losses)
+                    continue
+                if config.privacy.patient_gradient == "mean":
+                    # The gradient is linear in the loss: the mean of a patient's gradients is the sum of these.
+                    losses = losses / torch.from_numpy(np.bincount(units)[units]).to(losses)
+                gradients.add(losses, torch.from_numpy(units).to(losses.device))
             # An empty sample still releases its noise: skipping the step would tell that it was empty.
             gradients.release(plan.noise_multiplier, plan.expected_batch, stream)
             optimizer.step()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,23 +30,65 @@ def group_by_unit(keys: Sequence[object] | None, records: int) -> list[np.ndarra
     return [np.array(indices) for indices in groups.values()]
 
 
-def poisson_batch(groups: Sequence[np.ndarray], rate: float, stream: RandomStream) -> np.ndarray:
-    """Each unit with probability ``rate``, independently; a sampled unit gives one of its records, uniformly.
+def shares(keys: Sequence[bytes], *purpose: object) -> np.ndarray:
+    """A number in [0, 1) for each key, as good as uniform, that hangs on the key and ``purpose`` alone.
 
-    One record a unit and step, so the gradient rows of the batch are units and clipping a row clips a unit.
+    What is decided by it for one unit (which part it is in, at which step its turn comes) never moves when another
+    unit is added or removed.
+    """
+    salt = hashlib.sha256("|".join(map(repr, purpose)).encode()).digest()
+    words = b"".join(hashlib.sha256(salt + key).digest()[:8] for key in keys)
+    return (np.frombuffer(words, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one step sees: ``records``, and of each the position of its unit in the sample, both shape (R,)."""
+
+    records: np.ndarray
+    units: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many records each unit gives."""
+        return np.bincount(self.units) if len(self.units) else np.empty(0, dtype=np.int64)
+
+
+def draw(
+    groups: Sequence[np.ndarray],
+    rate: float,
+    stream: RandomStream,
+    *,
+    records_per_unit: int = 1,
+    max_units: int = 0,
+    candidates: np.ndarray | None = None,
+) -> Sample:
+    """Each unit with probability ``rate``, independently; a sampled unit gives up to ``records_per_unit`` records.
+
+    Which of its records is uniform without replacement. ``max_units``: a larger sample is cut down to so many, at
+    random; 0: it never is. ``candidates``: the units (positions in ``groups``) whose turn it is; None: all.
 
     Guarantee
     ---------
-    Add/remove of one unit changes the sampled multiset by at most that unit's one record: exactly the Poisson
-    subsampling of :mod:`fedgraft.privacy.accounting` when ``stream`` is unpredictable to whoever sees the output.
+    Add/remove of one unit changes the sample by at most that unit's records, which carry its number, so that clipping
+    their summed gradient once bounds the unit. Exactly the Poisson (or truncated Poisson) subsampling of
+    :mod:`fedgraft.privacy.accounting` when ``stream`` is unpredictable to whoever sees the output.
     """
     if not 0 < rate <= 1:
         raise ValueError(f"a sampling rate of {rate} is not in (0, 1]")
-    chosen: list[int] = np.flatnonzero(stream.uniform(len(groups)) < rate).tolist()
-    if not chosen:
-        return np.empty(0, dtype=np.int64)
-    picks = stream.below(np.array([len(groups[unit]) for unit in chosen]))
-    return np.array([groups[unit][pick] for unit, pick in zip(chosen, picks, strict=True)])
+    pool = np.arange(len(groups)) if candidates is None else candidates
+    chosen = pool[stream.uniform(len(pool)) < rate]
+    if max_units and len(chosen) > max_units:
+        chosen = np.sort(chosen[stream.permutation(len(chosen))[:max_units]])
+    records: list[np.ndarray] = []
+    for unit in chosen.tolist():
+        own = groups[unit]
+        if len(own) > records_per_unit:
+            own = own[stream.permutation(len(own))[:records_per_unit]]
+        records.append(own)
+    if not records:
+        return Sample(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    return Sample(np.concatenate(records), np.repeat(np.arange(len(records)), [len(own) for own in records]))
 
 
 def shuffled_batches(records: int, batch: int, stream: RandomStream) -> Iterator[np.ndarray]:

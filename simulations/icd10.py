@@ -88,5 +88,5 @@ def icd10_sites(config: RunConfig) -> dict[str, SiteData]:
                 np.array([chapters[part][i] for i in indices], dtype=np.int64),
                 [f"{site}-{part}-{owner}" for owner in owners],
             )
-        sites[site] = SiteData(site, records["train"], records["test"])
+        sites[site] = SiteData(site, records["train"], records["test"], f"seed {config.seed}, by category")
     return sites

@@ -46,8 +46,13 @@ class Task(Protocol):
         """Loss of each example, shape (B,), each independent of the other rows."""
         ...
 
-    def counts(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """``examples``, ``correct`` and ``loss_sum``: sums over the batch that add up over batches and sites."""
+    def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """``examples``, ``correct`` and ``loss_sum`` of each record, each (B,), at least float32; sums of them add up
+        over batches and sites. A record may count as several examples (the tokens of a text)."""
+        ...
+
+    def even_loss(self, model: nn.Module) -> float:
+        """The mean loss of whoever finds every answer equally likely."""
         ...
 
 

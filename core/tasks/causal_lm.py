@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,13 +53,16 @@ class CausalLM:
         tokens, _, mask = self._token_losses(model, batch)
         return (tokens * mask).sum(1) / mask.sum(1)
 
-    def counts(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         tokens, hits, mask = self._token_losses(model, batch)
         return {
-            "examples": int(mask.sum()),
-            "correct": int((hits * mask).sum()),
-            "loss_sum": float((tokens * mask).sum()),
+            "examples": mask.sum(1),
+            "correct": (hits * mask).sum(1),
+            "loss_sum": (tokens * mask).sum(1),
         }
+
+    def even_loss(self, model: nn.Module) -> float:
+        return math.log(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, hit and mask of each predicted token, each (B, T - 1)."""

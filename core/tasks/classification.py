@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -49,13 +50,16 @@ class Classification:
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self._logits(model, batch), batch["labels"], reduction="none")
 
-    def counts(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = self._logits(model, batch)
         return {
-            "examples": len(logits),
-            "correct": int((logits.argmax(-1) == batch["labels"]).sum()),
-            "loss_sum": float(F.cross_entropy(logits, batch["labels"], reduction="sum")),
+            "examples": torch.ones(len(logits)),
+            "correct": (logits.argmax(-1) == batch["labels"]).float(),
+            "loss_sum": F.cross_entropy(logits, batch["labels"], reduction="none"),
         }
+
+    def even_loss(self, model: nn.Module) -> float:
+        return math.log(model.config.num_labels)  # type: ignore[union-attr, arg-type]
 
     def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**{key: batch[key] for key in self.inputs}).logits.float()

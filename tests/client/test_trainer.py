@@ -25,7 +25,7 @@ from fedgraft.core.config import RunConfig, TrainConfig
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.plan import PrivacyPlan
-from fedgraft.privacy.sampling import shuffled_batches
+from fedgraft.privacy.sampling import Sample, shuffled_batches
 
 RECORDS = 40
 
@@ -431,8 +431,9 @@ class Spy:
     def __init__(self, *batches: Sequence[int]) -> None:
         self.left = [np.array(batch, dtype=np.int64) for batch in batches]
 
-    def __call__(self, groups: Any, rate: float, stream: RandomStream) -> np.ndarray:
-        return self.left.pop(0)
+    def __call__(self, groups: Any, rate: float, stream: RandomStream, **settings: Any) -> Sample:
+        records = self.left.pop(0)
+        return Sample(records, np.arange(len(records)))
 
 
 def test_an_empty_sample_is_a_step_of_noise_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +441,7 @@ def test_an_empty_sample_is_a_step_of_noise_alone(site: Site, monkeypatch: pytes
     config = site.config(**{"train.local_steps": 1, "train.momentum": 0.0, "train.lr": 1.0})
     start = site.start(config)
     promise = plan(config, clip=0.3, noise_multiplier=2.0)
-    monkeypatch.setattr(trainer, "poisson_batch", Spy([]))
+    monkeypatch.setattr(trainer, "draw", Spy([]))
     result = site.train(config, start=start, plan=promise)
     assert result.steps == 1
     unit = 2.0 * 0.3 / config.train.batch_size
@@ -456,15 +457,15 @@ def test_empty_samples_of_a_small_rate_are_taken_in_stride(site: Site) -> None:
     config = site.config(**{"train.local_steps": 40, "train.batch_size": 1, "train.lr": 1e-3})
     promise = plan(config, expected_batch=1, steps=40)
     sizes: list[int] = []
-    plain = trainer.poisson_batch
+    plain = trainer.draw
 
-    def counting(*args: Any) -> np.ndarray:
-        batch = plain(*args)
-        sizes.append(len(batch))
-        return batch
+    def counting(*args: Any, **settings: Any) -> Sample:
+        sample = plain(*args, **settings)
+        sizes.append(len(sample.records))
+        return sample
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "poisson_batch", counting)
+        patch.setattr(trainer, "draw", counting)
         result = site.train(config, plan=promise)
     assert result.steps == len(sizes) == 40
     assert 5 < sizes.count(0) < 30
@@ -476,7 +477,7 @@ def test_one_record_moves_the_update_by_no_more_than_the_clip(site: Site, monkey
     config = site.config(**{"train.local_steps": 1, "train.momentum": 0.0, "train.lr": 1.0, "train.batch_size": 1})
     start = site.start(config)
     promise = plan(config, clip=clip, expected_batch=1)
-    monkeypatch.setattr(trainer, "poisson_batch", Spy([0, 1, 2], [0, 1, 2, 7], []))
+    monkeypatch.setattr(trainer, "draw", Spy([0, 1, 2], [0, 1, 2, 7], []))
     without, with_it, nothing = (site.train(config, start=start, plan=promise).state for _ in range(3))
     assert (with_it - without).norm() == pytest.approx(clip, rel=1e-3)
     head = [name for name in start if "classifier" in name]
@@ -496,20 +497,81 @@ def test_without_a_plan_one_record_moves_the_update_by_far_more(site: Site) -> N
     assert update.only([name for name in start if "classifier" in name]).norm() > 0.5
 
 
-def test_a_patient_gives_one_record_a_step(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = site.config()
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_patient_gives_no_more_records_a_step_than_it_may(
+    site: Site, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    config = site.config(**{"privacy.enabled": True, "privacy.unit": "patient", "privacy.records_per_patient": most})
     groups = [np.arange(start, start + 4) for start in range(0, RECORDS, 4)]
     seen: list[int] = []
-    plain = trainer.by_length
+    plain = trainer.by_unit
 
-    def spying(examples: Any, chosen: Any, size: int) -> Any:
-        seen.extend(int(i) // 4 for i in chosen)
-        assert len({int(i) // 4 for i in chosen}) == len(list(chosen))
-        return plain(examples, chosen, size)
+    def spying(examples: Any, sample: Sample, size: int) -> Any:
+        patients = sample.records // 4
+        assert set(np.bincount(patients).tolist()) <= {0, most}
+        # Records are numbered by their patient, whichever number that is.
+        assert len({(p, u) for p, u in zip(patients, sample.units, strict=True)}) == len(set(patients.tolist()))
+        seen.extend(patients.tolist())
+        return plain(examples, sample, size)
 
-    monkeypatch.setattr(trainer, "by_length", spying)
+    monkeypatch.setattr(trainer, "by_unit", spying)
     site.train(config, plan=plan(config, unit="patient", units=10, expected_batch=8), groups=groups)
-    assert len(seen) > 10
+    assert len(seen) > 10 * most
+
+
+@pytest.mark.parametrize("gradient", ["mean", "sum"])
+def test_the_gradients_of_a_patient_are_joined_and_clipped_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch, gradient: str
+) -> None:
+    """Against plain backward passes, record by record: patients of 1, 3 and 2 records, in one batch and in several."""
+    clip, groups = 0.05, [np.array([0]), np.array([1, 2, 3]), np.array([4, 5])]
+    sample = Sample(np.arange(6), np.array([0, 1, 1, 1, 2, 2]))
+    monkeypatch.setattr(trainer, "draw", lambda *args, **settings: sample)
+    monkeypatch.setattr(RandomStream, "normal_like", lambda self, tensor: torch.zeros_like(tensor))
+    updates = []
+    for micro in (3, 64):
+        config = site.config(
+            **{
+                "train.local_steps": 1,
+                "train.momentum": 0.0,
+                "train.lr": 1.0,
+                "train.batch_size": 3,
+                "train.micro_batch": micro,
+                "privacy.enabled": True,
+                "privacy.unit": "patient",
+                "privacy.records_per_patient": 3,
+                "privacy.patient_gradient": gradient,
+            }
+        )
+        start = site.start(config)
+        promise = plan(config, unit="patient", units=10, expected_batch=3, clip=clip)
+        updates.append(site.train(config, start=start, plan=promise, groups=groups).state - start)
+    assert gap(*updates) < 1e-6
+    model = site.model(config)
+    model.adapter.write(start)
+    trainables, examples = model.adapter.trainables(), site.examples(model)
+    want = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainables.items()}
+    for group in groups:
+        losses = [
+            model.task.losses(model.adapter.model, model.task.collate([examples[i]], model.base.processor))
+            for i in group
+        ]
+        whole = torch.cat(losses).mean() if gradient == "mean" else torch.cat(losses).sum()
+        own = [g.double() for g in torch.autograd.grad(whole, list(trainables.values()))]
+        norm = math.sqrt(sum(float((g**2).sum()) for g in own))
+        assert norm > clip
+        for name, g in zip(trainables, own, strict=True):
+            want[name] -= g * clip / norm / 3
+    for name, update in updates[0].items():
+        assert np.allclose(update, want[name].numpy(), atol=1e-6), name
+
+
+def test_batches_keep_the_records_of_a_unit_together() -> None:
+    examples = [{"length": n, "own": n} for n in (9, 2, 5, 1, 7, 3)]
+    sample = Sample(np.arange(6), np.array([0, 1, 1, 2, 2, 3]))
+    batches = [([e["own"] for e in batch], units.tolist()) for batch, units in trainer.by_unit(examples, sample, 3)]
+    assert batches == [([3, 2, 5], [0, 1, 1]), ([1, 7, 9], [0, 0, 1])]
+    assert list(trainer.by_unit(examples, Sample(np.empty(0, int), np.empty(0, int)), 3)) == []
 
 
 def test_a_private_round_tells_no_loss(site: Site) -> None:
@@ -544,18 +606,22 @@ def test_counts_of_an_evaluation_are_those_of_a_plain_loop(site: Site) -> None:
     config = site.config(**{"evaluate.batch_size": 7})
     model = site.model(config)
     state = site.train(config).state
-    counts = evaluate(model, state, site.examples(model), config)
+    scores = evaluate(model, state, site.examples(model), config)
+    counts = scores.exact()
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    right, loss = 0, 0.0
+    right: list[bool] = []
+    loss = 0.0
     with torch.no_grad():
         for text, label in zip(site.texts, site.labels, strict=True):
             logits = model.adapter.model(**tokenizer([text], return_tensors="pt")).logits
-            right += int(logits.argmax()) == label
+            right.append(int(logits.argmax()) == label)
             loss += float(F.cross_entropy(logits, torch.tensor([label])))
     assert counts["examples"] == RECORDS
-    assert counts["correct"] == right
+    assert counts["correct"] == sum(right)
+    # Each record's own score stands at its own place, whatever order the batches took.
+    assert scores.correct.astype(bool).tolist() == right
     assert counts["loss_sum"] == pytest.approx(loss, rel=1e-5)
-    assert evaluate(model, state, [], config) == {"examples": 0.0, "correct": 0.0, "loss_sum": 0.0}
+    assert evaluate(model, state, [], config).exact() == {"examples": 0.0, "correct": 0.0, "loss_sum": 0.0}
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "nonsense", ""])
