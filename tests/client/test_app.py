@@ -93,7 +93,7 @@ def test_a_site_says_who_it_is_and_what_it_holds(plain: Conversation) -> None:
 def test_patients_are_counted_where_they_are_the_unit(private: Conversation, tiny_federation: Any) -> None:
     answer = private.hello()
     patients = {row["patient"] for row in tiny_federation.rows}
-    assert answer.metrics["units"] == len(patients) - round(0.2 * len(patients))
+    assert 0.7 * len(patients) < answer.metrics["units"] < 0.9 * len(patients)
     assert answer.metrics["units"] < answer.metrics["records"]
 
 
