@@ -27,7 +27,7 @@ def promise(record: Record) -> str:
     return lead + el.terms(
         [
             ("The promise", _promise_words(record)),
-            ("Whose data", _unit_words(record.unit)),
+            ("Whose data", _unit_words(record)),
             ("Whom one must trust", _TRUST),
             ("What ε covers", _COVERED),
             ("What ε does not cover", _NOT_COVERED),
@@ -66,7 +66,7 @@ _FEDERATION = (
 def _promise_words(record: Record) -> str:
     unit, worst = el.text(record.unit), record.worst
     neighbours = {told.get("neighbours") for told in record.privacy.values()} - {None}
-    change = "adding or removing" if neighbours <= {"add_remove"} else el.text(", ".join(map(str, neighbours)))
+    change = "replacing" if neighbours == {"replace_one"} else "adding or removing"
     words = (
         f"Neighbouring data sets differ by {change} one {unit}. Whatever the training releases, the "
         "neighbouring data set would have led to it with a probability that differs at most "
@@ -82,34 +82,51 @@ def _promise_words(record: Record) -> str:
     )
 
 
-def _unit_words(unit: str) -> str:
-    if unit == "patient":
-        return "One patient: all records that share a patient key at a site are protected together."
-    if unit == "record":
-        return (
-            "One record. Somebody with several records at a site is protected less than ε says; the unit "
-            "<i>patient</i> would protect them together."
+def _unit_words(record: Record) -> str:
+    if record.unit == "patient":
+        most = record.config("privacy").get("records_per_patient", 1)
+        gradient = record.config("privacy").get("patient_gradient", "mean")
+        how = (
+            "one record, drawn anew"
+            if most == 1
+            else f"up to {el.number(most)} records, whose gradients' {el.text(gradient)} is clipped once"
         )
-    return f"One {el.text(unit)}."
+        return (
+            "One patient: all records that share a patient key at a site are protected together. In a step a sampled "
+            f"patient gives {how}."
+        )
+    return (
+        "One record. Somebody with several records at a site is protected less than ε says; the unit "
+        "<i>patient</i> would protect them together."
+    )
 
 
 def _evaluation_words(record: Record) -> str:
-    release = record.config("evaluate").get("release")
-    if release == "none":
+    if record.evaluation == "none":
         return "Each site tests the adapter on its held-out records and releases nothing of it."
-    if release in ("auto", "exact_not_private"):
-        return (
-            "After a round each site tests the adapter on its held-out records, which are not trained on, and sends "
+    after = "After a round each site tests the adapter on its held-out records, which are not trained on, and sends "
+    if record.evaluation == "exact_not_private":
+        return after + (
             "the number tested, the number right and the summed loss. These counts leave the site <b>un-noised and are "
-            'outside ε</b> (<code>evaluate.release = "none"</code> keeps them).'
+            'outside ε</b> (<code>evaluate.release = "noised"</code> or <code>"none"</code> protect them).'
         )
-    return f"Results on held-out records are released as <code>{el.text(release)}</code>." if release else ""
+    unit = el.text(record.unit)
+    return after + (
+        f"the number right and the summed loss <b>with Gaussian noise</b>, each {unit} counted once. The site's ledger "
+        f"pays for them: a held-out {unit} is held out in the whole run and gives nothing to the training, so its ε is "
+        "that of the counts, kept below the same budget. The accuracies here are therefore off by about the noise, "
+        "which shows most where few are held out."
+    )
 
 
 _IN_WORDS = {
-    "poisson": "Poisson",
+    "poisson": "each drawn independently (Poisson)",
+    "truncated_poisson": "each drawn independently and cut down to a largest batch (truncated Poisson)",
+    "cyclic": "each in its turn, as its own key says",
     "pld": "privacy loss distributions",
+    "rdp": "Rényi differential privacy",
     "add_remove": "one unit added or removed",
+    "replace_one": "one unit replaced by another",
 }
 
 
@@ -122,7 +139,17 @@ def _accounting_words(record: Record) -> str:
         return el.text(", ".join(sorted(_IN_WORDS.get(value, str(value)) for value in values)) or "unknown")
 
     return (
-        f"DP-SGD: the gradient of each {el.text(record.unit)} is clipped to an L2 norm of {told('clip')}, summed over "
-        f"a random sample ({told('sampler')} sampling), and given Gaussian noise. Accountant: {told('accountant')}; "
-        f"neighbours: {told('neighbours')}."
+        f"DP-SGD: the gradient of each {el.text(record.unit)} is clipped to an L2 norm of {told('clip')}"
+        f"{_adapts(record)}, summed over a step's units ({told('sampler')}), and given Gaussian noise{_bands(record)}. "
+        f"Accountant: {told('accountant')}; neighbours: {told('neighbours')}."
     )
+
+
+def _adapts(record: Record) -> str:
+    quantile = record.config("privacy").get("clip_quantile")
+    return f" at first, adapted to the {el.number(quantile, 'g')} quantile of the norms under noise" if quantile else ""
+
+
+def _bands(record: Record) -> str:
+    bands = record.config("privacy").get("bands", 1)
+    return f" that is correlated over {el.number(bands)} steps (banded matrix factorisation)" if bands > 1 else ""

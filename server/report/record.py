@@ -58,8 +58,16 @@ class Record:
         return str(self.config("privacy").get("unit", "record"))
 
     @property
+    def evaluation(self) -> str:
+        """How results on held-out records left the sites: ``noised``, ``exact_not_private`` or ``none``."""
+        release = str(self.config("evaluate").get("release", "auto"))
+        if release != "auto":
+            return release
+        return "noised" if self.private else "exact_not_private"
+
+    @property
     def releases_nothing(self) -> bool:
-        return bool(self.config("evaluate").get("release") == "none")
+        return self.evaluation == "none"
 
 
 def read_record(rundir: Path) -> Record:

@@ -243,6 +243,39 @@ def test_promise_is_spelled_out(tmp_path: Path) -> None:
     assert "No differential privacy" not in words and "NOT private" not in words
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("evaluate", "release", "auto", "with Gaussian noise, each patient counted once"),
+        ("evaluate", "release", "noised", "its ε is that of the counts"),
+        ("evaluate", "release", "exact_not_private", "un-noised and are outside ε"),
+        ("privacy", "records_per_patient", 1, "a sampled patient gives one record, drawn anew"),
+        ("privacy", "records_per_patient", 4, "up to 4 records, whose gradients' mean is clipped once"),
+        ("privacy", "clip_quantile", 0.5, "at first, adapted to the 0.5 quantile"),
+        ("privacy", "bands", 8, "correlated over 8 steps"),
+    ],
+)
+def test_the_promise_says_how_it_is_kept(tmp_path: Path, section: str, key: str, value: Any, words: str) -> None:
+    def change(run: dict[str, Any]) -> None:
+        run["config"][section][key] = value
+
+    folder = make_run(tmp_path)
+    edit_run(folder, change)
+    assert words in plain(report(folder))
+
+
+def test_replaced_neighbours_and_other_samplers_are_named(tmp_path: Path) -> None:
+    def change(run: dict[str, Any]) -> None:
+        for site in run["sites"].values():
+            site["privacy"] |= {"neighbours": "replace_one", "sampler": "truncated_poisson", "accountant": "rdp"}
+
+    folder = make_run(tmp_path)
+    edit_run(folder, change)
+    words = plain(report(folder))
+    for claim in ("differ by replacing one patient", "truncated Poisson", "Rényi", "one unit replaced by another"):
+        assert claim in words, claim
+
+
 def test_record_unit_does_not_promise_for_people(tmp_path: Path) -> None:
     def record_unit(run: dict[str, Any]) -> None:
         run["config"]["privacy"]["unit"] = "record"
