@@ -26,6 +26,8 @@ from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
 OnStep = Callable[[int, float | None], None]
+#: Makes the engine of a private training, as :func:`~fedgraft.privacy.clipping.create_engine` does.
+EngineFactory = Callable[[str, nn.Module, dict[str, nn.Parameter], float], Any]
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ def train(
     round: int,
     plan: PrivacyPlan | None,
     on_step: OnStep = lambda step, loss: None,
+    create: EngineFactory = create_engine,
 ) -> Trained:
     """Train ``state`` for ``train.local_steps`` steps and return it.
 
     ``examples``: the site's encoded training records; ``groups``: record indices of each privacy unit. With ``plan``,
     every step is a Poisson sample of units, clipped and noised as the plan says; the caller has reserved its steps in
     the ledger. Without, batches are drawn from the run's seed, the site and the round alone, so that the result does
-    not depend on the engine or on what ran before. The optimizer starts afresh every round.
+    not depend on the engine or on what ran before. The optimizer starts afresh every round. ``create`` makes the engine
+    that clips; the audit puts one that it watches in its place.
     """
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
@@ -116,7 +120,9 @@ def train(
         if plan is None:
             losses = _plain_steps(resident, trainables, examples, config, stream, optimizer, schedule, on_step)
         else:
-            _private_steps(resident, trainables, examples, groups, config, plan, stream, optimizer, schedule, on_step)
+            _private_steps(
+                resident, trainables, examples, groups, config, plan, stream, optimizer, schedule, on_step, create
+            )
             losses = []
     for parameter in trainables.values():
         parameter.grad = None
@@ -174,10 +180,11 @@ def _private_steps(
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
     on_step: OnStep,
+    create: EngineFactory,
 ) -> None:
     settings, task, model = config.train, resident.task, resident.adapter.model
     several = config.privacy.records_per_patient
-    with create_engine(config.privacy.engine, model, trainables, plan.clip) as gradients:
+    with create(config.privacy.engine, model, trainables, plan.clip) as gradients:
         for step in range(settings.local_steps):
             sample = draw(groups, plan.sampling_rate, stream, records_per_unit=several)
             for micro, units in by_unit(examples, sample, settings.micro_batch):
