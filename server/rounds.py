@@ -20,7 +20,10 @@ from ..core.progress import SILENT, Watch
 from ..core.tasks import create_task
 from ..core.wire import Answer, Job, decode_answer
 from ..methods import attach, create_method
+from ..privacy.ledger import Ledger
+from ..privacy.noise import RandomStream
 from ..strategies import Aggregator, create_aggregator
+from ..strategies.central import CentralPrivacy
 from ..strategies.flower import PeftStrategy
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -34,7 +37,8 @@ _POLL = 0.5
 def check(config: RunConfig) -> Aggregator:
     """Refuse what cannot work before anything is loaded; returns the run's aggregator.
 
-    Raises :class:`UserError` for an unknown strategy, option, method or task, or ranks that the strategy cannot mix.
+    Raises :class:`UserError` for an unknown strategy, option, method or task, ranks that the strategy cannot mix, or
+    central privacy that cannot be kept.
     """
     aggregator = create_aggregator(config.strategy, config.strategy_options)
     create_method(config.method.name)
@@ -50,7 +54,25 @@ def check(config: RunConfig) -> Aggregator:
                     f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and "
                     f"strategy `{config.strategy}` cannot mix ranks; give all sites one rank"
                 )
+    if config.central.enabled:
+        _central(aggregator, config, Ledger(None))
+    elif config.central.sampling_rate < 1:
+        raise UserError(
+            f"central.sampling_rate is {config.central.sampling_rate:g} but central.enabled is false: sites are drawn "
+            "by chance for central privacy alone; switch it on, or leave the rate at 1"
+        )
     return aggregator
+
+
+def _central(aggregator: Aggregator, config: RunConfig, ledger: Ledger) -> CentralPrivacy:
+    """Central privacy around ``aggregator``, with randomness of the operating system's unless the run forgoes it."""
+
+    def randomness(round: int, purpose: str) -> RandomStream:
+        if config.central.seeded_noise_not_private:
+            return RandomStream.seeded_not_private("central", config.seed, round, purpose)
+        return RandomStream.from_os()
+
+    return CentralPrivacy(aggregator, config, ledger, randomness)
 
 
 def tell(watch: Watch, line: dict[str, Any]) -> None:
@@ -75,6 +97,10 @@ class Federation:
         self.watch = watch
         self.engine = engine
         self.aggregator = check(config)
+        self.central: CentralPrivacy | None = None
+        if config.central.enabled:
+            self.central = _central(self.aggregator, config, Ledger(rundir.central_ledger))
+        self._rule: Aggregator = self.central or self.aggregator
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
         self._promises: dict[str, dict[str, Any]] = {}
@@ -84,15 +110,13 @@ class Federation:
         self.adapter = attach(self.base, config.method, task, config.seed)
         self.run = self._resumed() if resume else self._fresh()
         state = self.checkpoint.state
-        self.strategy = PeftStrategy(
-            self.aggregator, state, config, run=self.run["run"], fingerprint=self.base.fingerprint
-        )
+        self.strategy = PeftStrategy(self._rule, state, config, run=self.run["run"], fingerprint=self.base.fingerprint)
         # The tensors live in `state` now; the sites load a model of their own.
         self.base.model.to("meta")
 
     def _fresh(self) -> dict[str, Any]:
         fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
-        self.checkpoint = Checkpoint(0, self.aggregator.prepare(fresh))
+        self.checkpoint = Checkpoint(0, self._rule.prepare(fresh))
         self._past_seconds = 0.0
         run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}
         checkpoints.save(
@@ -130,7 +154,7 @@ class Federation:
                 f"{self.rundir.path}: was begun with another base model (fingerprint {fingerprint[:12]}, now "
                 f"{self.base.fingerprint[:12]})"
             )
-        self.aggregator.recall(self.checkpoint.memory)
+        self._rule.recall(self.checkpoint.memory)
         self.rundir.forget_metrics_after(self.checkpoint.round)
         self._past_seconds = float(before.get("seconds", 0.0))
         again = {"at": now(), "from_round": self.checkpoint.round, "note": "; ".join(notes)}
@@ -143,6 +167,8 @@ class Federation:
         """
         try:
             self._write("running")
+            if warning := self._central_warning():
+                self.watch.note(warning)
             self._join()
             self._rounds()
             self._export()
@@ -248,7 +274,7 @@ class Federation:
             self._greet(refuse=False)
             self._train(number)
             # Before the evaluation: a training that is lost has spent its privacy for nothing.
-            reached = Checkpoint(number, self.strategy.state, self.aggregator.memory())
+            reached = Checkpoint(number, self.strategy.state, self._rule.memory())
             checkpoints.save(
                 self.rundir.checkpoints, reached, self.config.digest(), self.config.server.keep_checkpoints
             )
@@ -273,10 +299,19 @@ class Federation:
 
     def _train(self, number: int) -> None:
         began = time.monotonic()
-        self.watch.phase_started("train", number, len(self.strategy.sites))
-        self._exchange(self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid))
+        if self.strategy.samples and len(self.strategy.sites) < self.config.quorum:
+            raise UserError(
+                f"round {number}: {len(self.strategy.sites)} of {len(self.config.site_names)} sites are connected, the "
+                f"quorum is {self.config.quorum}; --resume {self.rundir.path} goes on from round {number}"
+            )
+        messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
+        here = set(self.strategy.sites.values()).difference(self.strategy.phase.resting)
+        self.watch.phase_started("train", number, len(here))
+        self._exchange(messages)
         enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
+        if self.central is not None and enough:
+            line["central"] = self.central.last_round()
         missing = self.strategy.phase.missing
         self._log(line)
         if not enough:
@@ -317,7 +352,6 @@ class Federation:
         evaluations = [line for line in lines if line["kind"] == "evaluate"]
         trainings = [line for line in lines if line["kind"] == "train"]
         state, spec = self.checkpoint.state, self.checkpoint.state.spec
-        shared = sum(spec.by_name[name].size for name in spec.select("share"))
         seconds = self._past_seconds + time.monotonic() - self.started
         up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
         rounds = self.checkpoint.round
@@ -351,7 +385,7 @@ class Federation:
             },
             "adapter": {
                 "parameters": spec.parameters,
-                "shared": shared,
+                "shared": self._shared,
                 "digest": state.digest,
                 "folder": self.rundir.adapter.name,
             },
@@ -360,6 +394,7 @@ class Federation:
             "accuracy": _ends(evaluations, "accuracy"),
             "loss": _ends(evaluations, "loss"),
             "sites": sites,
+            "central": self._central(trainings),
             "bytes_up": up,
             "bytes_down": down,
             "bytes_up_round": up // shares,
@@ -396,14 +431,39 @@ class Federation:
 
     def _warnings(self, sites: dict[str, Any], trainings: list[dict[str, Any]]) -> list[str]:
         warnings = []
-        if not self.config.privacy.enabled:
+        if not self.config.privacy.enabled and self.central is not None:
+            warnings.append("the sites add no noise (privacy.enabled = false): the server sees each update as trained")
+        elif not self.config.privacy.enabled:
             warnings.append("differential privacy was switched off (privacy.enabled = false): nothing is promised")
         elif self.config.privacy.seeded_noise_not_private:
             warnings.append("the noise came from the run's seed (privacy.seeded_noise_not_private): it protects nobody")
+        if self.config.central.enabled and self.config.central.seeded_noise_not_private:
+            warnings.append(
+                "the central noise came from the run's seed (central.seeded_noise_not_private): it protects nobody"
+            )
+        if warning := self._central_warning():
+            warnings.append(warning)
         for name, site in sites.items():
-            if site["rounds"] < len(trainings):
-                warnings.append(f"{name} answered in {site['rounds']} of {len(trainings)} rounds")
+            asked = sum(name not in line.get("resting", ()) for line in trainings)
+            if site["rounds"] < asked:
+                warnings.append(f"{name} answered in {site['rounds']} of {asked} rounds")
         return warnings
+
+    # Central privacy
+
+    @property
+    def _shared(self) -> int:
+        """How many numbers the sites share."""
+        spec = self.checkpoint.state.spec
+        return sum(spec.by_name[name].size for name in spec.select("share"))
+
+    def _central_warning(self) -> str:
+        return self.central.plan.warning(self._shared) if self.central is not None else ""
+
+    def _central(self, trainings: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.central is None:
+            return None
+        return self.central.section(self._shared, [x["central"]["clip"] for x in trainings if "central" in x])
 
 
 def _ends(evaluations: list[dict[str, Any]], key: str) -> dict[str, float | None]:

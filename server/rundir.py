@@ -80,6 +80,10 @@ class RunDirectory:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def central_ledger(self) -> Path:
+        return self.path / "central-ledger.jsonl"
+
     def site(self, name: str) -> Path:
         return self.path / "sites" / name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
@@ -67,6 +67,10 @@ class Aggregator(ABC):
 
     def start_round(self, state: AdapterState) -> None:
         """Forget the last round; ``state`` is the global adapter that the sites train from."""
+
+    def asked(self, sites: Sequence[str]) -> Sequence[str]:
+        """Which of ``sites`` train in the round that has started."""
+        return sites
 
     @abstractmethod
     def add(self, update: Update) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -33,13 +33,14 @@ _MOST_RECORDS = 10**12
 
 @dataclass
 class Phase:
-    """One training or evaluation over all sites: who answered what, who did not and why, and the bytes it took."""
+    """One training or evaluation: who answered what, who did not and why, who was not asked, and the bytes it took."""
 
     kind: Kind
     round: int
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     privacy: dict[str, PrivacyStatement] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    resting: tuple[str, ...] = ()
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -73,9 +74,9 @@ class PeftStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One instruction a site, made as it is taken, in the order of the sites' names."""
+        """One instruction a site that the aggregator asks, made as it is taken, in the order of the sites' names."""
         self.aggregator.start_round(self.state)
-        return self._begin("train", server_round)
+        return self._begin("train", server_round, self.aggregator.asked(self.config.site_names))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -90,7 +91,7 @@ class PeftStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._begin("evaluate", server_round)
+        return self._begin("evaluate", server_round, self.config.site_names)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         self.collect(replies)
@@ -119,7 +120,7 @@ class PeftStrategy(Strategy):
     def finish_train(self) -> bool:
         """Make the aggregate the next global adapter; False, and no change, below the quorum."""
         self._close()
-        if self._answered < self.config.quorum:
+        if not self.samples and self._answered < self.config.quorum:
             return False
         merged = self.aggregator.result().filled_from(self.state)
         self.state = AdapterState(self.state.spec, dict(merged)).require_finite()
@@ -133,16 +134,26 @@ class PeftStrategy(Strategy):
         keys = ("examples", "correct", "loss_sum")
         return {key: sum(metrics[key] for metrics in counted) for key in keys} if counted else {}
 
+    @property
+    def samples(self) -> bool:
+        """Whether the sites of a round are drawn by chance, for privacy.
+
+        Then a round stands whoever answers: one that were dropped for its answers would tell who had been drawn. The
+        quorum is of the sites that are connected when the round begins, of which the draw knows nothing.
+        """
+        return self.config.central.enabled and self.config.central.sampling_rate < 1
+
     # Inside
 
     def _site_of(self, message: Message) -> str:
         return self.sites.get(message.metadata.src_node_id, "")
 
-    def _begin(self, kind: Kind, server_round: int) -> Iterator[Message]:
-        self.phase = Phase(kind, server_round)
+    def _begin(self, kind: Kind, server_round: int, asked: Sequence[str]) -> Iterator[Message]:
+        resting = tuple(site for site in self.config.site_names if site not in asked)
+        self.phase = Phase(kind, server_round, resting=resting)
         self._answered = 0
         self._waiting = set()
-        return self._instructions(sorted(self.sites.values()))
+        return self._instructions(sorted(site for site in self.sites.values() if site not in resting))
 
     def _instructions(self, names: list[str]) -> Iterator[Message]:
         node_of = {name: node for node, name in self.sites.items()}
@@ -242,7 +253,7 @@ class PeftStrategy(Strategy):
 
     def _close(self) -> None:
         for site in self.config.site_names:
-            if site not in self.phase.metrics and site not in self.phase.missing:
+            if site not in (*self.phase.metrics, *self.phase.missing, *self.phase.resting):
                 timeout = self.config.server.round_timeout
                 here = site in self.sites.values()
                 self._excuse(site, f"no answer in {timeout:g} s" if here else "not connected")
@@ -264,6 +275,8 @@ class PeftStrategy(Strategy):
             "missing": dict(sorted(phase.missing.items())),
             "sites": sites,
         }
+        if phase.resting:
+            line["resting"] = list(phase.resting)
         if phase.kind == "evaluate":
             totals = self.totals()
             line["examples"] = totals.get("examples", 0)
