@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ from ..core.wire import (
     encode_answer,
     encode_refusal,
 )
+from ..privacy.accounting import Event
 from ..privacy.clipping import require_exact
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import Ledger, Limit, Part, Reservation
 from ..privacy.plan import PrivacyPlan, statement
 from ..privacy.sampling import group_by_unit
 from .data import SiteData, load_site
@@ -65,6 +67,7 @@ class _Prepared:
     held_out: list[Example]
     groups: list[np.ndarray]
     ledger: Ledger
+    split: str
 
 
 class SiteClient:
@@ -120,32 +123,47 @@ class SiteClient:
                 "spec": model.adapter.spec.with_policy("share", lambda t: True).digest,
                 "fingerprint": job.fingerprint,
             },
-            privacy=self._spent(config, prepared),
+            privacy=self._promise(config, prepared),
         )
 
     def _train(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
         prepared, model = self._site(job, config, site, context)
         state = self._with_local(self._receive(content, context, model), context)
-        plan = promise = None
+        plan = promise = reserved = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables())
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
-            events = prepared.ledger.reserve(plan.event(config.train.local_steps), run=job.run, round=job.round)
-            promise = plan.statement(events)
-        result = train(
-            model,
-            state,
-            prepared.train,
-            prepared.groups,
-            config,
-            site=site,
-            round=job.round,
-            plan=plan,
-            on_step=lambda step, loss: self._watch.site_step(
-                site, step, config.train.local_steps, loss, promise.epsilon if promise else None
-            ),
-        )
+            reserved = self._reserve(job, config, prepared, plan.event(config.train.local_steps), "train")
+            promise = self._promise(config, prepared)
+        taken = 0
+
+        def on_step(step: int, loss: float | None) -> None:
+            nonlocal taken
+            taken = step
+            self._watch.site_step(site, step, config.train.local_steps, loss, promise.epsilon if promise else None)
+
+        try:
+            result = train(
+                model,
+                state,
+                prepared.train,
+                prepared.groups,
+                config,
+                site=site,
+                round=job.round,
+                plan=plan,
+                on_step=on_step,
+            )
+        except BaseException:
+            if reserved is not None:
+                # A step that broke off counts: how far it came is not known. What cannot be settled counts whole.
+                with contextlib.suppress(UserError):
+                    prepared.ledger.settle(reserved, min(taken + 1, reserved.steps), "failed")
+            raise
+        if reserved is not None:
+            prepared.ledger.settle(reserved, reserved.steps, "released")
+            promise = self._promise(config, prepared)
         self._keep_local(result.state, context)
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
@@ -166,13 +184,43 @@ class SiteClient:
         metrics: dict[str, float] = {}
         if config.evaluation_release != "none":
             metrics = evaluate(model, state, prepared.held_out, config).exact()
-        privacy = self._spent(config, prepared)
+        privacy = self._promise(config, prepared)
         return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)
 
-    def _spent(self, config: RunConfig, prepared: _Prepared) -> PrivacyStatement | None:
+    def _reserve(
+        self, job: Job, config: RunConfig, prepared: _Prepared, events: Event | tuple[Event, ...], part: Part
+    ) -> Reservation:
+        """Set budget aside for ``events``, within what the job allows."""
+        privacy = config.privacy
+        return prepared.ledger.reserve(
+            events,
+            part=part,
+            split=prepared.split,
+            limits=(_own_limit(config),),
+            private_noise=not privacy.seeded_noise_not_private,
+            run=job.run,
+            round=job.round,
+            delta=privacy.delta,
+        )
+
+    def _promise(self, config: RunConfig, prepared: _Prepared) -> PrivacyStatement | None:
         """Said with every answer, so that the steps of a training that was lost are counted where people look."""
-        events = prepared.ledger.events() if config.privacy.enabled else ()
-        return statement(config, events) if events else None
+        ledger = prepared.ledger
+        if not config.privacy.enabled or not ledger.events():
+            return None
+        limit = _own_limit(config)
+        trained = ledger.spent("train", prepared.split)
+        told = statement(config, trained) if trained else PrivacyStatement(enabled=True, unit=config.privacy.unit)
+        return replace(
+            told,
+            # Held-out people may have paid more for the evaluations than the others for the training.
+            epsilon=ledger.total(limit.delta, prepared.split, neighbours=limit.neighbours, accountant=limit.accountant),
+            delta=limit.delta,
+            clip=config.privacy.clip,
+            private_noise=told.private_noise and ledger.private_noise(),
+            metrics=config.evaluation_release,
+            ledger=ledger.head,
+        )
 
     def _config(self, text: str) -> RunConfig:
         if text not in self._configs:
@@ -201,13 +249,14 @@ class SiteClient:
                 train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
                 groups=group_by_unit(data.train.patients if by_patient else None, len(data.train)),
-                ledger=Ledger(folder / "ledger.jsonl" if folder else None, unit=config.privacy.unit),
+                ledger=Ledger(folder / "ledgers" if folder else None, data.fingerprint, unit=config.privacy.unit),
+                split=_split(config, data),
             )
         return self._prepared[key], model
 
     def _plan(self, job: Job, config: RunConfig, prepared: _Prepared) -> PrivacyPlan:
         remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
-        spent = prepared.ledger.events()
+        spent = prepared.ledger.spent("train", prepared.split)
         try:
             return PrivacyPlan.for_run(config, len(prepared.groups), remaining, spent)
         except UserError as error:
@@ -261,6 +310,27 @@ def _own_version(config: RunConfig, site: str) -> RunConfig:
         return config
     method = config.method.model_copy(update={"rank": own.rank or config.method.rank})
     return config.model_copy(update={"model": own.model or config.model, "method": method})
+
+
+def _own_limit(config: RunConfig) -> Limit:
+    """What the job itself promises."""
+    privacy = config.privacy
+    return Limit(
+        privacy.epsilon,
+        privacy.delta,
+        f"the job's privacy.epsilon {privacy.epsilon:g}",
+        neighbours=privacy.neighbours,
+        accountant=privacy.accountant,
+    )
+
+
+def _split(config: RunConfig, data: SiteData) -> str:
+    """A name for the way patients were told apart: under one name nobody is in two parts, whatever else changes.
+
+    Where no key names the patients, that is known of one state of the data alone.
+    """
+    key = data.fingerprint[:16] if data.train.patients is None else f"column {config.data.patient_column}"
+    return f"{data.split}, site {data.site}, by {key}"
 
 
 def _labels(labels: np.ndarray | None) -> list[int] | None:

@@ -1,176 +1,431 @@
-"""The site's durable record of budget spent: written, and on the disk, before the first noisy step of a round.
+"""The site's durable record of budget spent: reserved, and on the disk, before the first noisy step; settled after.
 
-One JSON line an event, with its own SHA-256 and that of the line before. An event is reserved before the training that
-it pays for, so a crash at any moment can only have recorded too much, never too little. The hashes find damage and
-careless edits; whoever may write the file can also write a new one.
+One file for each state of a site's data, named by their fingerprint, in one folder. What was spent on data of one name
+adds up over all these files, so that a changed record does not forget the past. A reservation counts whole until a
+settlement says how many of its steps were taken: a crash at any moment can only have recorded too much.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-from collections.abc import Iterator
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import UserError
-from .accounting import Event
+from .accounting import Event, epsilon
+from .journal import CHAIN, Journal, locked
 
-_START = "0" * 64
-_OWN = {"noise_multiplier", "sampling_rate", "steps", "unit", "before", "sha256"}
+Part = Literal["train", "held-out"]
+Outcome = Literal["released", "failed"]
+#: How far back a clock may be set without a word: an entry lies in the wrong year then for no longer than that.
+_CLOCK = timedelta(minutes=1)
+#: The tolerance of the plan's own promise, so that an epsilon reached exactly is not refused.
+_ROUNDING = 1e-9
+_LOCK = ".lock"
+_RESERVE = {
+    *("kind", "id", "time", "part", "split", "dataset", "fingerprint", "unit", "private_noise", "steps", "events"),
+}
+_SETTLE = {"kind", "id", "time", "steps", "outcome"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """No more than ``epsilon`` at ``delta`` on the data, in all or in a calendar year (``year``, UTC).
+
+    ``source``: who says so, for people.
+    """
+
+    epsilon: float
+    delta: float
+    source: str
+    year: bool = False
+    neighbours: str = "add_remove"
+    accountant: str = "pld"
+
+
+class OverspentError(UserError):
+    """A reservation that would break ``limit``; nothing was written."""
+
+    def __init__(self, limit: Limit, total: float, where: str) -> None:
+        span = "all runs of this year" if limit.year else "all runs"
+        super().__init__(
+            f"{where}: {span} on these data would come to epsilon {total:.4g} at delta {limit.delta:g}, more than "
+            f"{limit.source}, so nothing is trained; take more noise or fewer steps, or end here"
+        )
+        self.limit = limit
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Budget set aside: what :meth:`Ledger.settle` takes. ``line``: the hash of its line."""
+
+    id: str
+    steps: int
+    line: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A reservation as the ledger holds it, and what became of it.
+
+    ``taken``: optimiser steps that were taken, None while nobody said; ``about``: what it was spent on, for people.
+    """
+
+    path: Path | None
+    line: int
+    id: str
+    time: datetime
+    part: str
+    split: str
+    dataset: str
+    fingerprint: str
+    unit: str
+    private_noise: bool
+    steps: int
+    events: tuple[Event, ...]
+    about: Mapping[str, Any]
+    taken: int | None = None
+    outcome: str = ""
+
+    @property
+    def counted(self) -> tuple[Event, ...]:
+        """What it cost: all that was reserved but, of independent steps, those that are known never to have run."""
+        if self.taken is None or len(self.events) != 1 or self.events[0].steps != self.steps:
+            return self.events
+        return (replace(self.events[0], steps=self.taken),) if self.taken else ()
 
 
 class Ledger:
-    """An append-only file of :class:`Event` entries at ``path``; ``None`` keeps it in memory (for tests).
+    """What was spent on a site's data; ``folder`` holds its files, ``None`` keeps them in memory (for tests).
 
-    ``unit``: the privacy unit (record or patient) that the entries protect. Where it is given it is written with each
-    entry, and a ledger that holds another one is refused: what a record was promised says nothing of a patient.
+    ``fingerprint``: SHA-256 of the data, in hex; it names the file that is written. Where there is one file for good,
+    and no data (a server's ledger), that file stands in place of the folder. ``dataset``: the name under which
+    the budget adds up; the entries of other names are left out, unless they were made on these very data. Without a
+    name everything in the folder counts. ``unit``: the privacy unit (record or patient) that the entries protect; a
+    ledger that holds another one is refused: what a record was promised says nothing of a patient.
     """
 
-    def __init__(self, path: str | Path | None, unit: str | None = None) -> None:
-        self.path = Path(path) if path is not None else None
+    def __init__(
+        self,
+        folder: str | Path | None,
+        fingerprint: str = "",
+        *,
+        dataset: str = "",
+        unit: str = "",
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        if fingerprint and not re.fullmatch("[0-9a-f]{16,}", fingerprint):
+            raise ValueError("a fingerprint is a SHA-256 in hex")
+        self.folder = Path(folder) if folder is not None else None
+        self._single = self.folder if self.folder is not None and self.folder.suffix == ".jsonl" else None
+        self.fingerprint = fingerprint
+        self.dataset = dataset
         self.unit = unit
+        self._clock = clock
         self._memory: list[dict[str, Any]] = []
 
+    @property
+    def path(self) -> Path | None:
+        """The file that this ledger writes to."""
+        if self.folder is None or self._single is not None:
+            return self._single
+        return self.folder / f"{self.fingerprint[:16]}.jsonl"
+
+    # What was spent
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All that counts, by time. Raises :class:`UserError` when a line was changed or lost, or has another unit."""
+        return self._counting(self._lines())
+
     def events(self) -> tuple[Event, ...]:
-        """Everything spent, in order. Raises :class:`UserError` when an entry was changed or lost."""
-        return self._events(self._entries())
+        """All events, as if every unit had been in each."""
+        return _events(self.entries())
 
-    def reserve(self, event: Event, **about: str | int) -> tuple[Event, ...]:
-        """Record that ``event`` is about to be spent and return all events, this one included.
+    def spent(self, part: str, split: str) -> tuple[Event, ...]:
+        """What a unit in ``part`` of ``split`` may have paid: everything but the other parts of that same split."""
+        return _events(_paid(self.entries(), part, split))
 
-        Returns only once the entry is on the disk. ``about``: what it is spent on (run, round), for people.
+    def total(
+        self, delta: float, split: str, *, neighbours: str = "add_remove", accountant: str = "pld", year: int = 0
+    ) -> float:
+        """The epsilon at ``delta`` of the unit that paid most; ``year``: in that calendar year alone.
+
+        Guarantee
+        ---------
+        Neighbours: as given. Trusted: the site. Under ``split`` a unit is in one part only, so its parts compose in
+        parallel (the largest counts); everything else composes in sequence; see :func:`epsilon`.
         """
-        if taken := _OWN & set(about):
-            raise ValueError(f"`{min(taken)}` is the ledger's own word")
-        entry: dict[str, Any] = {
-            **about,
-            "noise_multiplier": event.noise_multiplier,
-            "sampling_rate": event.sampling_rate,
-            "steps": event.steps,
-        }
-        if self.unit is not None:
-            entry["unit"] = self.unit
-        if self.path is None:
-            self._memory.append(entry)
-            return self.events()
-        try:
-            with _locked(self.path) as file:
-                entries, end, last = self._read(file)
-                spent = self._events([*entries, entry])
-                os.ftruncate(file, end)
-                _append(file, end, _line(entry, last))
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the ledger cannot be written, so nothing is trained: {error.strerror or error}"
-            ) from None
-        return spent
+        return _total(self.entries(), delta, split, neighbours, accountant, year)
 
-    def _events(self, entries: list[dict[str, Any]]) -> tuple[Event, ...]:
-        for number, entry in enumerate(entries, 1):
-            if self.unit is not None and entry.get("unit", self.unit) != self.unit:
+    def private_noise(self) -> bool:
+        """Whether all noise came from the operating system: seeded noise in the past is no privacy in the present."""
+        return all(entry.private_noise for entry in self.entries())
+
+    def steps_reserved(self, run: str) -> int:
+        """Training steps ever reserved in ``run``, whatever became of them."""
+        return sum(e.steps for e in self.entries() if e.about.get("run") == run and e.part == "train")
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line of the file of these data; of the last written one, where they have none yet."""
+        lines = self._lines()
+        own = [line for line in lines if line.path == self.path]
+        last = own[-1] if own else max(lines, key=lambda line: str(line.values["time"]), default=None)
+        return str(last.values.get("sha256", "")) if last is not None else ""
+
+    # Spending
+
+    def reserve(
+        self,
+        events: Event | tuple[Event, ...],
+        *,
+        part: Part = "train",
+        split: str = "",
+        limits: Sequence[Limit] = (),
+        private_noise: bool = True,
+        steps: int | None = None,
+        **about: str | int | float,
+    ) -> Reservation:
+        """Record that ``events`` are about to be spent; returns once the line is on the disk.
+
+        ``steps``: optimiser steps that the events pay for, where that is not the sum of theirs; ``about``: what it is
+        spent on (run, round), for people. Raises :class:`UserError`, with nothing written, when a limit would be
+        broken, the ledger is damaged or cannot be written, or the clock is behind the ledger.
+
+        Guarantee
+        ---------
+        Trusted: the site and its clock. Once all reservations are spent, and whatever other process reserves at the
+        same time, :meth:`total` is within every one of ``limits``.
+        """
+        if taken := (_RESERVE | _SETTLE | set(CHAIN)) & set(about):
+            raise ValueError(f"`{min(taken)}` is the ledger's own word")
+        if not self.fingerprint and self._single != self.folder:
+            raise ValueError("without the fingerprint of the data nothing can be spent on them")
+        events = (events,) if isinstance(events, Event) else tuple(events)
+        if not events:
+            raise ValueError("there is nothing to reserve")
+        with self._alone():
+            now = self._clock()
+            values: dict[str, Any] = {
+                **about,
+                "kind": "reserve",
+                "id": uuid.uuid4().hex,
+                "time": now.astimezone(UTC).isoformat(timespec="milliseconds"),
+                "part": part,
+                "split": split,
+                "dataset": self.dataset,
+                "fingerprint": self.fingerprint,
+                "unit": self.unit,
+                "private_noise": private_noise,
+                "steps": sum(event.steps for event in events) if steps is None else steps,
+                "events": [event.to_dict() for event in events],
+            }
+            spent = self._spendable(now)
+            self._require_room([*spent, _entry(self.path, 0, values)], split, limits, now)
+            return Reservation(str(values["id"]), int(values["steps"]), self._append(values))
+
+    def require_room(
+        self, events: Event | tuple[Event, ...], *, part: Part = "train", split: str = "", limits: Sequence[Limit] = ()
+    ) -> None:
+        """Raise what :meth:`reserve` would raise for ``events``, as far as it can be known without spending them."""
+        events = (events,) if isinstance(events, Event) else tuple(events)
+        now = self._clock()
+        spent = self._spendable(now)
+        asked = Entry(
+            self.path, 0, "", now, part, split, self.dataset, self.fingerprint, self.unit, True, 1, events, {}
+        )
+        self._require_room([*spent, asked], split, limits, now)
+
+    def settle(self, reservation: Reservation, steps: int, outcome: Outcome) -> str:
+        """Say that of ``reservation`` ``steps`` were taken, and whether what came of them may have left.
+
+        Independent steps that never ran are given back. Returns the hash of the line. Raises ValueError for more steps
+        than were reserved, and for what was never reserved or is settled already.
+        """
+        if type(steps) is not int or not 0 <= steps <= reservation.steps:
+            raise ValueError(f"{steps} steps taken of {reservation.steps} that were reserved")
+        if outcome not in ("released", "failed"):
+            raise ValueError(f"the outcome `{outcome}` is neither released nor failed")
+        with self._alone():
+            entry = next((e for e in self._counting(self._lines()) if e.id == reservation.id), None)
+            if entry is None or entry.path != self.path:
+                raise ValueError(f"{reservation.id} was not reserved here")
+            if entry.outcome:
+                raise ValueError(f"{reservation.id} is settled already")
+            time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
+            return self._append(
+                {"kind": "settle", "id": reservation.id, "time": time, "steps": steps, "outcome": outcome}
+            )
+
+    # Inside
+
+    def _spendable(self, now: datetime) -> tuple[Entry, ...]:
+        """:meth:`entries`, for whoever is about to add one: refused while the clock is behind any line."""
+        lines = self._lines()
+        counting = self._counting(lines)
+        for line in lines:
+            if _time(line.values) > now + _CLOCK:
                 raise UserError(
-                    f"{self.path}: line {number} protected each {entry['unit']}, this run protects each {self.unit}; "
+                    f"{line.path}: line {line.number} was written at {line.values['time']}, which is still to come: "
+                    "this machine's clock is behind, so nothing is trained; set it right"
+                )
+        return counting
+
+    def _require_room(self, entries: Sequence[Entry], split: str, limits: Iterable[Limit], now: datetime) -> None:
+        for limit in limits:
+            year = now.astimezone(UTC).year if limit.year else 0
+            total = _total(entries, limit.delta, split, limit.neighbours, limit.accountant, year)
+            if not total <= limit.epsilon * (1 + _ROUNDING):
+                raise OverspentError(limit, total, str(self.path or "the ledger"))
+
+    def _counting(self, lines: Iterable[_Line]) -> tuple[Entry, ...]:
+        """The reservations of this dataset, each with its settlement."""
+        found: dict[str, Entry] = {}
+        for line in lines:
+            try:
+                if line.values["kind"] == "reserve":
+                    entry = _entry(line.path, line.number, line.values)
+                    if entry.id in found:
+                        raise ValueError("two reservations of one name")
+                    found[entry.id] = entry
+                else:
+                    found[line.values["id"]] = _settled(found[line.values["id"]], line)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise self._damaged(line) from None
+        counting = []
+        for entry in found.values():
+            if self.dataset and entry.dataset not in ("", self.dataset) and entry.fingerprint != self.fingerprint:
+                continue
+            if self.unit and entry.unit and entry.unit != self.unit:
+                raise UserError(
+                    f"{entry.path}: line {entry.line} protected each {entry.unit}, this run protects each {self.unit}; "
                     "the two cannot be added up, so nothing is trained: keep to one privacy.unit on the same data"
                 )
-        return tuple(Event(entry["noise_multiplier"], entry["sampling_rate"], entry["steps"]) for entry in entries)
+            counting.append(entry)
+        return tuple(sorted(counting, key=lambda entry: entry.time))
 
-    def _entries(self) -> list[dict[str, Any]]:
-        if self.path is None:
-            return list(self._memory)
+    def _lines(self) -> list[_Line]:
+        """Every line of every file, in the order of each file."""
+        if self.folder is None:
+            return [_Line(None, number, values) for number, values in enumerate(self._memory, 1)]
         try:
-            file = os.open(self.path, os.O_RDONLY)
-            try:
-                return self._read(file)[0]
-            finally:
-                os.close(file)
+            # A folder that cannot be read must not look like an empty one.
+            found = [self._single] if self._single is not None else self.folder.iterdir()
+            paths = sorted(path for path in found if path.suffix == ".jsonl")
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"{self.path}: the ledger cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{self.folder}: the ledger cannot be read: {error.strerror or error}") from None
+        return [
+            _Line(path, number, values)
+            for path in paths
+            for number, values in enumerate(ledger_file(path).entries(), 1)
+        ]
 
-    def _read(self, file: int) -> tuple[list[dict[str, Any]], int, str]:
-        """Entries, the offset where whole ones end, and the hash that the next line must carry.
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """With no other process in any file of the folder."""
+        if self.folder is None or self.path is None:
+            yield
+            return
+        single = self._single
+        lock = self.folder / _LOCK if single is None else single.with_name(f".{single.stem}{_LOCK}")
+        try:
+            with locked(lock):
+                yield
+        except OSError as error:
+            raise ledger_file(self.path).cannot_write(error) from None
 
-        A last line that a crash cut off does not count: nothing was trained on it. One that lacks only its line
-        end does.
-        """
-        os.lseek(file, 0, os.SEEK_SET)
-        content = bytearray()
-        while chunk := os.read(file, 1 << 20):
-            content += chunk
-        *lines, tail = bytes(content).split(b"\n")
-        entries: list[dict[str, Any]] = []
-        last, end = _START, 0
-        for number, line in enumerate(lines, 1):
-            entry = _checked(line, last)
-            if entry is None:
-                raise UserError(
-                    f"{self.path}: line {number} was changed or lost; the budget spent is unknown, "
-                    "so nothing is trained"
-                )
-            entries.append(entry)
-            last, end = entry["sha256"], end + len(line) + 1
-        whole = _checked(tail, last)
-        if whole is not None:
-            entries.append(whole)
-            last, end = whole["sha256"], end + len(tail)
-        return entries, end, last
+    def _append(self, values: dict[str, Any]) -> str:
+        if self.path is None:
+            self._memory.append(values)
+            return ""
+        return str(ledger_file(self.path).append(values)["sha256"])
 
-
-def _line(entry: dict[str, Any], before: str) -> bytes:
-    """``entry`` as a line: chained to the line before, and with its own hash."""
-    chained = {**entry, "before": before}
-    own = hashlib.sha256(json.dumps(chained, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**chained, "sha256": own}, sort_keys=True).encode()
+    def _damaged(self, line: _Line) -> UserError:
+        return ledger_file(line.path or Path("ledger")).damaged(line.number, "is no entry of a ledger")
 
 
-def _checked(line: bytes, before: str) -> dict[str, Any] | None:
-    """The entry in ``line``, or None when it is not whole, not the one written, or does not follow ``before``."""
-    try:
-        entry = json.loads(line)
-        content = {key: value for key, value in entry.items() if key not in ("before", "sha256")}
-        if line != _line(content, before):
-            return None
-        Event(entry["noise_multiplier"], entry["sampling_rate"], entry["steps"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return entry
+def ledger_file(path: Path) -> Journal:
+    """The journal that a ledger's file is."""
+    return Journal(
+        path,
+        name="ledger",
+        stop="nothing is trained",
+        damage="the budget spent is unknown, so nothing is trained: restore the file from a backup",
+    )
 
 
-def _append(file: int, end: int, line: bytes) -> None:
-    """Write ``line`` at ``end``, on a line of its own, and return once it is on the disk."""
-    starts_line = end == 0 or os.pread(file, 1, end - 1) == b"\n"
-    rest = memoryview((b"" if starts_line else b"\n") + line + b"\n")
-    os.lseek(file, end, os.SEEK_SET)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-    os.fsync(file)
+@dataclass(frozen=True)
+class _Line:
+    path: Path | None
+    number: int
+    values: dict[str, Any]
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file at ``path``, created where needed, with nobody else in it; new folders are on the disk at the end."""
-    changed = []
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-        changed.append(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        changed.append(path.parent)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-        for folder in changed:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    finally:
-        os.close(file)
+def _entry(path: Path | None, number: int, values: Mapping[str, Any]) -> Entry:
+    """Read a reservation. Raises KeyError, ValueError or TypeError when it is none."""
+    texts = {key: values[key] for key in ("id", "part", "split", "dataset", "fingerprint", "unit")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TypeError("not a text")
+    if type(values["private_noise"]) is not bool or type(values["steps"]) is not int or values["steps"] < 0:
+        raise TypeError("not an entry")
+    events = tuple(Event.from_dict(event) for event in values["events"])
+    if not events:
+        raise ValueError("no event")
+    return Entry(
+        path=path,
+        line=number,
+        time=_time(values),
+        private_noise=values["private_noise"],
+        steps=values["steps"],
+        events=events,
+        about={key: value for key, value in values.items() if key not in _RESERVE and key not in CHAIN},
+        **texts,
+    )
+
+
+def _time(values: Mapping[str, Any]) -> datetime:
+    time = datetime.fromisoformat(values["time"])
+    if time.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return time
+
+
+def _settled(entry: Entry, line: _Line) -> Entry:
+    """``entry`` with its settlement. Raises ValueError or KeyError when the two do not fit."""
+    steps, outcome = line.values["steps"], line.values["outcome"]
+    _time(line.values)
+    if line.values["kind"] != "settle" or entry.path != line.path or entry.outcome:
+        raise ValueError("not a settlement of this entry")
+    if type(steps) is not int or not 0 <= steps <= entry.steps or outcome not in ("released", "failed"):
+        raise ValueError("not a settlement")
+    return replace(entry, taken=steps, outcome=outcome)
+
+
+def _events(entries: Iterable[Entry]) -> tuple[Event, ...]:
+    return tuple(event for entry in entries for event in entry.counted)
+
+
+def _paid(entries: Iterable[Entry], part: str, split: str) -> Iterator[Entry]:
+    return (entry for entry in entries if not split or entry.split != split or entry.part == part)
+
+
+def _total(
+    entries: Sequence[Entry], delta: float, split: str, neighbours: str, accountant: str, year: int = 0
+) -> float:
+    if year:
+        entries = [entry for entry in entries if entry.time.astimezone(UTC).year == year]
+    parts = {entry.part for entry in entries if split and entry.split == split} or {""}
+    return max(
+        epsilon(_events(_paid(entries, part, split)), delta, *_relation(neighbours, accountant)) for part in parts
+    )
+
+
+def _relation(neighbours: str, accountant: str) -> tuple[str, ...]:
+    return () if (neighbours, accountant) == ("add_remove", "pld") else (neighbours, accountant)

@@ -113,14 +113,17 @@ def test_a_private_round_reserves_its_budget_and_says_so(private: Conversation) 
         answer, _ = private.train(number)
         assert answer.error == ""
         assert set(answer.metrics) == {"records", "steps"}
-        events = Ledger(private.folder / "ledger.jsonl").events()
+        events = Ledger(private.folder / "ledgers").events()
         assert isinstance(answer.privacy, PrivacyStatement)
         assert answer.privacy.steps == sum(event.steps for event in events) == 3 * number
         assert answer.privacy.epsilon == epsilon(events, 1e-3)
         assert private.evaluate(number).privacy == answer.privacy
         assert private.hello(round=number + 1).privacy == answer.privacy
-    lines = [json.loads(line) for line in (private.folder / "ledger.jsonl").read_text().splitlines()]
-    assert [(line["run"], line["round"]) for line in lines] == [("r", 1), ("r", 2)]
+    entries = Ledger(private.folder / "ledgers").entries()
+    assert [(entry.about["run"], entry.about["round"], entry.outcome) for entry in entries] == [
+        ("r", 1, "released"),
+        ("r", 2, "released"),
+    ]
 
 
 def test_the_budget_is_on_the_disk_before_the_first_step(
@@ -129,14 +132,16 @@ def test_the_budget_is_on_the_disk_before_the_first_step(
     seen: list[int] = []
 
     def dies(*args: Any, **more: Any) -> None:
-        seen.append(sum(event.steps for event in Ledger(private.folder / "ledger.jsonl").events()))
+        seen.append(sum(event.steps for event in Ledger(private.folder / "ledgers").events()))
         raise KeyError("dies in its first step")
 
     monkeypatch.setattr(client_app, "train", dies)
     answer, _ = private.train()
     assert answer.error == "KeyError at the site; the site's own log says more"
     assert seen == [3]
-    assert Ledger(private.folder / "ledger.jsonl").events()[0].steps == 3
+    (entry,) = Ledger(private.folder / "ledgers").entries()
+    # The step that broke off counts; those after it never ran.
+    assert (entry.steps, entry.taken, entry.outcome) == (3, 1, "failed")
 
 
 def test_a_ledger_that_cannot_be_written_stops_the_training(private: Conversation) -> None:
@@ -149,7 +154,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_training(private: Conversatio
 
 def test_a_damaged_ledger_stops_the_training(private: Conversation) -> None:
     private.train()
-    ledger = private.folder / "ledger.jsonl"
+    (ledger,) = (private.folder / "ledgers").glob("*.jsonl")
     ledger.write_text(ledger.read_text().replace('"steps": 3', '"steps": 1') + ledger.read_text())
     answer, content = private.train(2)
     assert "was changed or lost; the budget spent is unknown, so nothing is trained" in answer.error
@@ -197,7 +202,7 @@ def test_asking_spends_no_budget(private: Conversation) -> None:
     held = private.state.digest
     nothing = encode_adapter(private.state.only([]), wire="fp32", whole=held, rest=held)
     assert private.train(content=nothing)[0].code == NEEDS_STATE
-    assert Ledger(private.folder / "ledger.jsonl").events() == ()
+    assert Ledger(private.folder / "ledgers").events() == ()
 
 
 def test_another_process_of_the_site_goes_on_from_its_memory(plain: Conversation) -> None:
@@ -354,7 +359,7 @@ def test_a_method_without_exact_gradients_is_refused_before_anything_is_spent(
     config = tiny_federation.private(**{"method.name": "dora", "privacy.noise_multiplier": 2.0})
     answer = Conversation(config, tmp_path).hello()
     assert "has no exact per-sample gradient" in answer.error
-    assert not (tmp_path / "ledger.jsonl").exists()
+    assert not (tmp_path / "ledgers").exists()
 
 
 def test_noise_that_cannot_keep_the_promise_is_refused_before_anything_is_spent(
@@ -363,4 +368,4 @@ def test_noise_that_cannot_keep_the_promise_is_refused_before_anything_is_spent(
     config = tiny_federation.private(**{"privacy.noise_multiplier": 0.3})
     answer = Conversation(config, tmp_path).hello()
     assert "more than privacy.epsilon 2; raise privacy.noise_multiplier" in answer.error
-    assert not (tmp_path / "ledger.jsonl").exists()
+    assert not (tmp_path / "ledgers").exists()

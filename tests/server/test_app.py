@@ -65,7 +65,7 @@ def test_a_deployed_site_keeps_its_ledger_and_a_run_its_folder(
     run = read_run(tmp_path / "run")
     assert not (tmp_path / "run" / "sites").exists(), "what belongs to a site lies at the site"
     for site, told in run["sites"].items():
-        events = Ledger(tmp_path / "at" / site / "ledger.jsonl").events()
+        events = Ledger(tmp_path / "at" / site / "ledgers").events()
         assert sum(event.steps for event in events) == told["privacy"]["steps"] == 3
     # The same sites in a second run: what they spent in the first counts.
     server_app(grid, context(**settings, output=str(tmp_path / "second")))

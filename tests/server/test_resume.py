@@ -104,7 +104,7 @@ def kill(config: RunConfig, output: Path, at: tuple[Any, ...], *, resume: bool =
 
 
 def spent(output: Path, site: str) -> tuple[Any, ...]:
-    return Ledger(output / "sites" / site / "ledger.jsonl").events()
+    return Ledger(output / "sites" / site / "ledgers").events()
 
 
 @pytest.fixture(scope="module")

@@ -84,9 +84,11 @@ def test_the_documented_files_are_there_and_no_others(finished_private: Any) -> 
         *("run.json", "metrics.jsonl", "report.html", "adapter", "checkpoints", "sites"),
     }
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [f"round-000{n}" for n in (1, 2, 3)]
-    assert {str(p.relative_to(folder / "sites")) for p in (folder / "sites").rglob("*") if p.is_file()} == {
-        f"{site}/ledger.jsonl" for site in result["sites"]
-    }
+    for site in result["sites"]:
+        files = {str(p.relative_to(folder / "sites" / site)) for p in (folder / "sites" / site).rglob("*.*")}
+        assert {re.sub("[0-9a-f]{16}", "FINGERPRINT", file) for file in files} == {
+            *("ledgers/FINGERPRINT.jsonl", "ledgers/.lock"),
+        }
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "something half written was left"
 
 

@@ -1,0 +1,183 @@
+"""An append-only file that loses nothing quietly: what a site's ledger and its audit log are written in.
+
+One JSON line an entry, with its own SHA-256 and that of the line before. A line is on the disk before :meth:`append`
+returns, so a crash can only leave a torn last line, which does not count and which the next one replaces. The hashes
+find damage and careless edits; whoever may write the file can also write a new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+
+#: What a line adds to the entry that it holds.
+CHAIN = ("before", "sha256")
+_START = "0" * 64
+_BLOCK = 1 << 16
+
+
+class DamagedError(UserError):
+    """A line of a journal is not the one that was written, or does not follow the line before it."""
+
+    def __init__(self, path: Path, line: int, text: str) -> None:
+        super().__init__(f"{path}: line {line} {text}")
+        self.path = path
+        self.line = line
+
+
+class Journal:
+    """The file at ``path``.
+
+    ``name`` is what people call it; ``stop`` and ``damage`` end the sentences that tell them it cannot be written, and
+    that a line of it was changed.
+    """
+
+    def __init__(self, path: Path, *, name: str, stop: str, damage: str) -> None:
+        self.path = path
+        self._name = name
+        self._stop = stop
+        self._damage = damage
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All entries, every line checked; none where there is no file.
+
+        A last line that a crash cut off does not count: nothing was done on the strength of it. One that lacks only
+        its line end does.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.path}: the {self._name} cannot be read: {error.strerror or error}") from None
+        *lines, tail = content.split(b"\n")
+        entries: list[dict[str, Any]] = []
+        last = _START
+        for number, line in enumerate(lines, 1):
+            entry = _whole(line)
+            if entry is None or entry["before"] != last:
+                raise self.damaged(number)
+            entries.append(entry)
+            last = entry["sha256"]
+        entry = _whole(tail)
+        if entry is not None and entry["before"] == last:
+            entries.append(entry)
+        return entries
+
+    def append(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Write ``entry`` as the next line and return it with its hashes, once the line is on the disk.
+
+        Only the last line is checked: it is all that the next one hangs on.
+        """
+        try:
+            with locked(self.path) as file:
+                end, last = self._end(file)
+                line = _line(entry, last)
+                os.ftruncate(file, end)
+                _write(file, end, line)
+        except OSError as error:
+            raise self.cannot_write(error) from None
+        return json.loads(line)
+
+    def damaged(self, line: int, text: str = "was changed or lost") -> DamagedError:
+        return DamagedError(self.path, line, f"{text}; {self._damage}")
+
+    def cannot_write(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: the {self._name} cannot be written, so {self._stop}: {error.strerror or error}")
+
+    def _end(self, file: int) -> tuple[int, str]:
+        """The offset where whole lines end, and the hash that the next line must carry."""
+        size = os.fstat(file).st_size
+        start, block = size, _BLOCK
+        while True:
+            start = max(0, size - block)
+            # Unless it is the file's first, the first line in the block is only the end of one.
+            *lines, tail = _read(file, start, size).split(b"\n")
+            if start == 0 or len(lines) > 1:
+                break
+            block *= 4
+        last = _START
+        if lines:
+            entry = _whole(lines[-1])
+            if entry is None:
+                raise self.damaged(_lines_before(file, size - len(tail)))
+            last = entry["sha256"]
+        entry = _whole(tail)
+        if entry is not None and entry["before"] == last:
+            return size, entry["sha256"]
+        return size - len(tail), last
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """The file at ``path``, created where needed, with nobody else in it; new folders are on the disk at the end."""
+    changed = []
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+        changed.append(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        changed.append(path.parent)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+        for folder in changed:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    finally:
+        os.close(file)
+
+
+def _line(entry: Mapping[str, Any], before: str) -> bytes:
+    """``entry`` as a line: chained to the line before, and with its own hash."""
+    chained = {**entry, "before": before}
+    text = json.dumps(chained, sort_keys=True, allow_nan=False)
+    own = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**chained, "sha256": own}, sort_keys=True).encode()
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """The entry in ``line`` with its hashes, or None when the line is not whole or not the one written."""
+    try:
+        entry = json.loads(line)
+        content = {key: value for key, value in entry.items() if key not in CHAIN}
+        return entry if line == _line(content, entry["before"]) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _read(file: int, start: int, end: int) -> bytes:
+    content = bytearray()
+    while start + len(content) < end:
+        chunk = os.pread(file, end - start - len(content), start + len(content))
+        if not chunk:
+            break
+        content += chunk
+    return bytes(content)
+
+
+def _lines_before(file: int, end: int) -> int:
+    return _read(file, 0, end).count(b"\n")
+
+
+def _write(file: int, end: int, line: bytes) -> None:
+    """Write ``line`` at ``end``, on a line of its own, and return once it is on the disk."""
+    starts_line = end == 0 or os.pread(file, 1, end - 1) == b"\n"
+    rest = memoryview((b"" if starts_line else b"\n") + line + b"\n")
+    os.lseek(file, end, os.SEEK_SET)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+    os.fsync(file)
