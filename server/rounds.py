@@ -47,15 +47,16 @@ def check(config: RunConfig) -> Aggregator:
         raise UserError(
             "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
         )
-    if not aggregator.capabilities.heterogeneous_ranks:
+    if not aggregator.capabilities.heterogeneous_ranks or config.central.enabled:
+        who = "central privacy" if config.central.enabled else f"strategy `{config.strategy}`"
         for site in config.data.sites:
             if site.rank and site.rank != config.method.rank:
                 raise UserError(
                     f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and "
-                    f"strategy `{config.strategy}` cannot mix ranks; give all sites one rank"
+                    f"{who} cannot mix ranks; give all sites one rank"
                 )
     if config.central.enabled:
-        _central(aggregator, config, Ledger(None))
+        _central(aggregator, config, Ledger(None, unit="site"))
     elif config.central.sampling_rate < 1:
         raise UserError(
             f"central.sampling_rate is {config.central.sampling_rate:g} but central.enabled is false: sites are drawn "
@@ -99,7 +100,7 @@ class Federation:
         self.aggregator = check(config)
         self.central: CentralPrivacy | None = None
         if config.central.enabled:
-            self.central = _central(self.aggregator, config, Ledger(rundir.central_ledger))
+            self.central = _central(self.aggregator, config, Ledger(rundir.central_ledger, unit="site"))
         self._rule: Aggregator = self.central or self.aggregator
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}

@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..core.update import Update
 from ..privacy.accounting import epsilon
 from ..privacy.central import CentralPlan, ClippedSum, Randomness
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import Ledger, Limit
 from .aggregator import Aggregator, Capabilities
 
 #: Who sent the one update that the aggregator inside sees.
@@ -123,10 +123,16 @@ class CentralPrivacy(Aggregator):
         if self._sum is None:
             raise UserError("no round of central privacy is open: there is nothing to release")
         finished, self._sum = self._sum, None
-        self._ledger.reserve(finished.plan.event, round=self.completed + 1)
+        plan = finished.plan
+        self._ledger.reserve(
+            plan.event,
+            limits=(Limit(plan.epsilon, plan.delta, "central.epsilon"),),
+            private_noise=not plan.seeded_noise_not_private,
+            round=self.completed + 1,
+        )
         mean, within = finished.release(self._randomness(self.completed + 1, "noise"))
         self._last_clip = finished.clip
-        if finished.plan.adaptive:
+        if plan.adaptive:
             self.clip = finished.next_clip(within)
         self.completed += 1
         self.inner.add(Update(TOGETHER, _moved(self._state, self._names, mean), 1.0))
@@ -189,7 +195,7 @@ class CentralPrivacy(Aggregator):
             "sum_noise": plan.sum_noise,
             "noise_per_coordinate": plan.noise_on_mean,
             "noise_norm": plan.noise_norm(parameters),
-            "private_noise": not plan.seeded_noise_not_private,
+            "private_noise": not plan.seeded_noise_not_private and self._ledger.private_noise(),
         }
 
 
