@@ -15,7 +15,7 @@ from ..client.resident import device_of
 from ..core.basemodel import resolve
 from ..core.errors import UserError
 from ..privacy.accounting import Event, epsilon
-from ..privacy.clipping import ClippedGradients
+from ..privacy.clipping import create_engine
 from ..privacy.noise import RandomStream
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
@@ -82,7 +82,8 @@ def _clipping() -> str:
     def losses(rows: torch.Tensor) -> torch.Tensor:
         return model(rows).pow(2).sum(1)
 
-    with ClippedGradients(model, parameters, clip=0.5) as gradients:
+    with create_engine("exact", model, parameters, clip=0.5) as gradients:
+        gradients.expect(len(x))
         gradients.add(losses(x))
         gradients.release(0.0, 1.0, RandomStream.from_os())
         fast = torch.cat([p.grad.reshape(-1) for p in parameters.values() if p.grad is not None])

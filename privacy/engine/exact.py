@@ -1,0 +1,309 @@
+"""fedgraft's own engine: the gradient of each example, exact for every trainable, in the one backward pass of the batch.
+
+Layers that hold trainables run as ever, but where a record meets a trainable a rule notes that example's part of the
+gradient in a flat buffer, and gives the trainable itself none (:mod:`.plan`, :mod:`.meeting`, :mod:`.rules`, :mod:`.rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ...core.errors import UserError
+from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
+from .ghost import LARGE, KeptMatrix
+from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
+from .leaf import one_by_one
+from .meeting import Meeting, UnknownMeetingError
+from .plan import Unit, plan, refusal
+from .rows import ParameterSlot, Rows, Slot, Turned, turned
+from .rules import EmbeddingRows, LayerNormRows, LinearRows, SpreadRows
+
+#: Bytes that the rows of one batch may take.
+MEMORY = 4 * 2**30
+
+# Models whose rows were once held against a backward pass of one example's own, with what trained then.
+_verified: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+
+
+class ExactGradients(ClippedGradients):
+    """The engine ``exact``. ``memory``: bytes that one batch's rows may take; ``most_rows`` is what that allows."""
+
+    def __init__(
+        self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float, memory: int = MEMORY
+    ) -> None:
+        super().__init__(model, trainables, clip)
+        self._units = plan(model, self.trainables)
+        self._names = {id(parameter): name for name, parameter in self.trainables.items()}
+        large = _large(self.trainables.values(), self._units)
+        self._kept = {id(p): KeptMatrix(p) for p in self.trainables.values() if id(p) in large}
+        self._dense = Rows([p for p in self.trainables.values() if id(p) not in large])
+        self._waiting = Waiting(self._dense)
+        width = 8 if any(p.dtype == torch.float64 for p in self.trainables.values()) else 4
+        self.most_rows = max(1, memory // (width * self._dense.size)) if self._dense.size else 2**31
+        self._memory = memory
+        self._batch: int | None = None
+        self._inside = False
+        self._alone: set[str] = set()
+        self._patched: list[tuple[Any, str, Any]] = []
+        self._verified = _verified.get(model) == tuple(self.trainables)
+
+    # --- taking over ------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        self._batch, self._inside = None, False
+        for unit in self._units:
+            name = "get_prompt" if unit.kind == "prompt" else "forward"
+            original = getattr(unit.module, name)
+            self._patched.append((unit.module, name, unit.module.__dict__.get(name)))
+            setattr(unit.module, name, self._instead(unit, original))
+
+    def _detach(self) -> None:
+        for module, name, before in reversed(self._patched):
+            delattr(module, name)
+            if before is not None:
+                setattr(module, name, before)
+        self._patched = []
+        self._forget()
+        self._dense.free()
+
+    def _forget(self) -> None:
+        self._waiting.slots.clear()
+        for kept in self._kept.values():
+            kept.clear()
+
+    def expect(self, rows: int) -> None:
+        if rows > self.most_rows:
+            raise UserError(
+                f"the gradients of {rows} examples take more than {self._memory / 2**30:g} GiB; "
+                f"set train.micro_batch to {self.most_rows} or less"
+            )
+        super().expect(rows)
+        self._batch = rows
+
+    def _instead(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs in place of a unit's forward pass."""
+        rule: Callable[..., Any] = getattr(self, f"_{unit.kind}")(unit, original)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # What runs unannounced gives plain gradients, and :meth:`add` refuses those.
+            if self._inside or self._batch is None or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            return rule(*args, **kwargs)
+
+        return run
+
+    def _slot(self, parameter: nn.Parameter | None) -> Slot | None:
+        if parameter is None or id(parameter) not in self._names:
+            return None
+        kept = self._kept.get(id(parameter))
+        return ParameterSlot(self._dense, parameter) if kept is None else kept
+
+    def _require_rows(self, unit: Unit, x: torch.Tensor) -> None:
+        if not x.dim() or len(x) != self._batch:
+            raise UserError(
+                f"layer {unit.path} gets an input of shape {list(x.shape)} in a batch of {self._batch} examples: "
+                f"tensor {self._names[id(unit.parameters[0])]} cannot be trained with privacy here"
+            )
+
+    # --- the kinds of units -----------------------------------------------------------------------------------------
+
+    def _linear(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        layer: Any = unit.module
+        for_w, for_b = self._slot(layer.weight), self._slot(layer.bias)
+
+        def run(x: torch.Tensor) -> Any:
+            self._require_rows(unit, x)
+            return LinearRows.apply(x, layer.weight, layer.bias, for_w, for_b)
+
+        return run
+
+    def _conv1d(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        layer: Any = unit.module
+        for_w, for_b = self._slot(layer.weight), self._slot(layer.bias)
+
+        def run(x: torch.Tensor) -> Any:
+            self._require_rows(unit, x)
+            return LinearRows.apply(x, turned(layer.weight), layer.bias, Turned(for_w) if for_w else None, for_b)
+
+        return run
+
+    def _norm(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        layer: Any = unit.module
+        for_w, for_b = self._slot(layer.weight), self._slot(layer.bias)
+
+        def run(x: torch.Tensor) -> Any:
+            self._require_rows(unit, x)
+            return LayerNormRows.apply(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps, for_w, for_b)
+
+        return run
+
+    def _embedding(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        layer: Any = unit.module
+        slot = self._slot(layer.weight)
+
+        def run(at: torch.Tensor) -> Any:
+            if at.dim() > 1 and len(at) == 1 and self._batch is not None:
+                # Positions are looked up once for all examples, which add the result each to its own.
+                at = at.expand(self._batch, *at.shape[1:])
+            self._require_rows(unit, at)
+            return EmbeddingRows.apply(at, layer.weight, layer.padding_idx, slot)
+
+        return run
+
+    def _meeting(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            batch = self._batch or 0
+            records = []
+            for index, tensor in enumerate(_tensors([*args, *kwargs.values()])):
+                if index and tensor.dim() and len(tensor) == 1:
+                    continue  # the same for every example
+                self._require_rows(unit, tensor)
+                records.append(tensor)
+            self._inside = True
+            try:
+                if unit.path not in self._alone:
+                    try:
+                        with Meeting(self._dense, self._waiting, batch, records):
+                            return original(*args, **kwargs)
+                    except UnknownMeetingError:
+                        self._alone.add(unit.path)
+                return one_by_one(unit.module, original, self._dense, batch, args, kwargs)
+            finally:
+                self._inside = False
+
+        return run
+
+    def _prefix(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(at: torch.Tensor) -> Any:
+            self._require_rows(unit, at)
+            return self._spread(unit, lambda: original(at[:1]))
+
+        return run
+
+    def _prompt(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(batch_size: int, *args: Any, **kwargs: Any) -> Any:
+            if batch_size != self._batch:
+                raise UserError(f"the model makes {batch_size} prompts for a batch of {self._batch} examples")
+            return self._spread(unit, lambda: original(1, *args, **kwargs))
+
+        return run
+
+    def _spread(self, unit: Unit, make: Callable[[], torch.Tensor]) -> Any:
+        """What ``make`` gives, once for each example."""
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            made = make()
+        try:
+            behind = trainables_behind(made, {id(p): p for p in unit.parameters}, set())
+        except ForeignGraphError:
+            raise refusal(self._names[id(unit.parameters[0])], "its virtual tokens hang on something else") from None
+        slot = DerivedSlot(self._waiting, made, behind)
+        slot.used()
+        return SpreadRows.apply(slot.leaf, self._batch, slot)
+
+    # --- a batch ----------------------------------------------------------------------------------------------------
+
+    def add(self, losses: torch.Tensor, units: torch.Tensor | None = None) -> None:
+        try:
+            super().add(losses, units)
+        finally:
+            self._batch = None
+            self._forget()
+
+    def _rows(self, losses: torch.Tensor, *, keep_graph: bool) -> Sequence[Block]:
+        if self._batch is None:
+            raise RuntimeError("expect() has not said how many rows the forward pass has")
+        missing = self._backward(losses.sum(), keep_graph=keep_graph)
+        if missing:
+            raise UserError(
+                f"tensor {missing[0]} took no part in this batch, so its gradient cannot be told from none; freeze it "
+                "to train with privacy"
+            )
+        return self._blocks()
+
+    def _blocks(self) -> list[Block]:
+        dense: list[Block] = [Dense(self._dense.matrix)] if self._dense.size else []
+        return [*dense, *self._kept.values()]
+
+    def _backward(self, loss: torch.Tensor, *, keep_graph: bool) -> list[str]:
+        """Fill the rows from ``loss``; gives the names of the trainables that none was written for."""
+        self._forget()
+        self._dense.begin(self._batch or 0)
+        for parameter in self.trainables.values():
+            parameter.grad = None
+        if loss.requires_grad:
+            loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+            self._waiting.pass_on()
+        for name, parameter in self.trainables.items():
+            if parameter.grad is not None:
+                raise refusal(name, "it is used outside of the layer that owns it, or by an operation out of sight")
+        missing = {id(p) for p in self._dense.missing()} | {id_ for id_, kept in self._kept.items() if not kept}
+        return [name for name, parameter in self.trainables.items() if id(parameter) in missing]
+
+    def _verify(self, losses: torch.Tensor, row: int, norm: float) -> None:
+        """The gradient of one loss must lie in its own row, whole, and leave the others at zero: rows that were mixed up
+        (tokens routed between experts, something normalised over the batch) have the right shape, and only this tells.
+        """
+        alone = torch.zeros_like(losses).detach()
+        alone[row] = 1
+        want = torch.cat([block.total(alone) for block in self._blocks()])
+        self._backward(losses[row], keep_graph=False)
+        for parameter in self._dense.missing():
+            self._dense.part(parameter).zero_()
+        got = torch.cat([block.total(alone) for block in self._blocks()])
+        for parameter, ours, theirs in _by_parameter(self._layout(), got, want):
+            if row_is_off(ours, theirs, norm):
+                raise refusal(self._names[id(parameter)], "its row is not what its example alone gives")
+        for block in self._blocks():
+            squares = block.squares(None, 0)
+            squares[row] = 0
+            if not float(squares.sum().sqrt()) <= WHOLE_TOLERANCE * norm:
+                raise refusal(self._stray(row), "one example's loss moves another's row: the model mixes its examples")
+        _verified[self._model] = tuple(self.trainables)
+
+    def _stray(self, row: int) -> str:
+        """The name of the tensor in whose rows most of a foreign loss was found."""
+        worst, most = next(iter(self.trainables)), -1.0
+        for parameter in self._dense.parameters:
+            part = self._dense.part(parameter).clone()
+            part[row] = 0
+            if float(part.norm()) > most:
+                worst, most = self._names[id(parameter)], float(part.norm())
+        return worst
+
+    def _layout(self) -> list[nn.Parameter]:
+        return [*self._dense.parameters, *(kept.parameter for kept in self._kept.values())]
+
+
+def _large(parameters: Any, units: Sequence[Unit]) -> set[int]:
+    """Which trainables are kept as factors: large matrices of layers that have a rule for it."""
+    large = {id(p) for p in parameters if p.numel() > LARGE and p.dim() == 2}
+    for unit in units if large else ():
+        if unit.kind not in ("linear", "conv1d", "embedding"):
+            large -= {id(p) for p in unit.parameters}
+    return large
+
+
+def _by_parameter(layout: Sequence[nn.Parameter], *vectors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    at = 0
+    for parameter in layout:
+        size = parameter.numel()
+        yield (parameter, *(vector[at : at + size] for vector in vectors))
+        at += size
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

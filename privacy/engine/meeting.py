@@ -1,0 +1,288 @@
+"""Runs a layer as it is and watches where a record meets a trainable: there, and only there, a rule takes over.
+
+What the layer computes from its trainables alone (DoRA's magnitudes, OFT's rotation, a LoHa product) it computes once,
+as ever; such a result meets the records like a trainable would, and passes its rows on (:mod:`.derived`). What it
+computes from the records alone is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
+from .rows import ParameterSlot, Rows, Slot, Turned, turned
+from .rules import ConvolutionRows, EinsumRows, EmbeddingRows, LayerNormRows, LinearRows, ScaleRows, ShiftRows
+
+
+class UnknownMeetingError(Exception):
+    """A record meets a trainable in an operation without a rule."""
+
+
+class Meeting(TorchFunctionMode):
+    """A context in which ``records`` (tensors with one row an example first) meet the parameters of ``rows``."""
+
+    def __init__(self, rows: Rows, waiting: Waiting, batch: int, records: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._rows, self._waiting, self.batch = rows, waiting, batch
+        self._known = {id(parameter): parameter for parameter in rows.parameters}
+        # By identity; holding them keeps the identities theirs.
+        self._data = {id(record): record for record in records}
+        self._entries: set[object] = {record.grad_fn for record in records if record.grad_fn is not None}
+        self._derived: dict[int, DerivedSlot] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors(args))
+        if kwargs:
+            tensors.extend(_tensors(kwargs.values()))
+        data = self._data
+        if not any(id(tensor) in data for tensor in tensors):
+            if not tensors or not torch.is_grad_enabled():
+                return func(*args, **kwargs)
+            # What belongs to no example is kept by itself: checkpointing would make it again for each use.
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                return func(*args, **kwargs)
+        if torch.is_grad_enabled() and any(t.requires_grad and id(t) not in data for t in tensors):
+            rule = _RULES.get(func.__name__.strip("_")) if not _in_place(func) else None
+            if rule is None:
+                raise UnknownMeetingError(func.__name__)
+            result = rule(self, *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+            if _in_place(func):
+                data[id(args[0])] = args[0]
+        for tensor in _tensors((result,)):
+            data[id(tensor)] = tensor
+        return result
+
+    def is_data(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and id(value) in self._data
+
+    def trains(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.requires_grad and id(value) not in self._data
+
+    def record(self, value: Any) -> torch.Tensor:
+        """``value`` when it is a record with the batch first and alone there."""
+        if not self.is_data(value) or value.dim() < 2 or len(value) != self.batch:
+            raise UnknownMeetingError("the batch is not the first dimension")
+        return value
+
+    def slot(self, value: torch.Tensor) -> tuple[torch.Tensor, Slot]:
+        """What stands for a trainable in a rule, and where its rows go."""
+        parameter = self._known.get(id(value))
+        if parameter is not None:
+            if parameter.is_contiguous():
+                return parameter, ParameterSlot(self._rows, parameter)
+        elif value._base is not None and id(value._base) in self._known:
+            parameter = self._known[id(value._base)]
+            if parameter.is_contiguous() and 0 not in value.stride() and value.dtype == parameter.dtype:
+                return value.detach().requires_grad_(), ParameterSlot(self._rows, parameter, value)
+        derived = self._derived.get(id(value))
+        if derived is None:
+            try:
+                behind = trainables_behind(value, self._known, self._entries) if value.grad_fn is not None else [value]
+            except ForeignGraphError:
+                raise UnknownMeetingError("something else than trainables meets the records") from None
+            derived = self._derived[id(value)] = DerivedSlot(self._waiting, value, behind)  # type: ignore[arg-type]
+        derived.used()
+        return derived.leaf, derived
+
+    def optional_slot(self, value: Any) -> tuple[Any, Slot | None]:
+        return self.slot(value) if self.trains(value) else (value, None)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+# --- the operations ------------------------------------------------------------------------------------------------
+
+
+def _linear(meeting: Meeting, x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+    x = meeting.record(x)
+    if meeting.is_data(weight) or meeting.is_data(bias):
+        raise UnknownMeetingError("linear")
+    w, for_w = meeting.optional_slot(weight)
+    b, for_b = meeting.optional_slot(bias)
+    return LinearRows.apply(x, w, b, for_w, for_b)
+
+
+def _matmul(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
+    if meeting.trains(b) and b.dim() == 2:
+        w, slot = meeting.slot(b)
+        # The rows of b^T are those of b, turned.
+        return LinearRows.apply(meeting.record(a), turned(w), None, Turned(slot), None)
+    if meeting.trains(a) and a.dim() == 2 and meeting.record(b).dim() == 3:
+        w, slot = meeting.slot(a)
+        return LinearRows.apply(meeting.record(b).transpose(1, 2), w, None, slot, None).transpose(1, 2)
+    raise UnknownMeetingError("matmul")
+
+
+def _pair(meeting: Meeting, a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The record and the trainable of two operands, once it is sure that the trainable is the same for each row."""
+    x, w = (b, a) if meeting.trains(a) else (a, b)
+    x = meeting.record(x)
+    if w.dim() > x.dim() or (w.dim() == x.dim() and len(w) != 1):
+        raise UnknownMeetingError("the trainable has a row for each example")
+    return x, w
+
+
+def _mul(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
+    x, w = _pair(meeting, a, b)
+    w, slot = meeting.slot(w)
+    return ScaleRows.apply(x, w, slot)
+
+
+def _add(meeting: Meeting, a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
+    x, w = _pair(meeting, a, b)
+    if alpha != 1:
+        raise UnknownMeetingError("add")
+    w, slot = meeting.slot(w)
+    return ShiftRows.apply(x, w, slot)
+
+
+def _sub(meeting: Meeting, a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
+    x, w = _pair(meeting, a, b)
+    if alpha != 1:
+        raise UnknownMeetingError("sub")
+    if w is b:
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            w, slot = meeting.slot(-w)
+        return ShiftRows.apply(x, w, slot)
+    w, slot = meeting.slot(w)
+    return ShiftRows.apply(-x, w, slot)
+
+
+def _div(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
+    x, w = _pair(meeting, a, b)
+    if w is not b:
+        raise UnknownMeetingError("div")
+    with saved_tensors_hooks(_as_it_is, _as_it_is):
+        w, slot = meeting.slot(1 / w)
+    return ScaleRows.apply(x, w, slot)
+
+
+def _einsum(meeting: Meeting, equation: str, *operands: Any) -> torch.Tensor:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or "->" not in equation:
+        raise UnknownMeetingError("einsum")
+    labels = _labels(equation, [operand.dim() for operand in operands])
+    if meeting.trains(operands[0]):
+        operands, labels = (operands[1], operands[0]), (labels[1], labels[0], labels[2])
+    x = meeting.record(operands[0])
+    of_x, of_w, of_y = labels
+    x_labels, w_labels, y_labels = map(set, labels)
+    whole = all(len(set(each)) == len(each) for each in labels)
+    apart = of_x[0] not in w_labels and of_y[:1] == of_x[0]
+    if not (whole and apart and x_labels <= w_labels | y_labels and w_labels <= x_labels | y_labels):
+        raise UnknownMeetingError("einsum")
+    w, slot = meeting.slot(operands[1])
+    return EinsumRows.apply(x, w, labels, slot)
+
+
+def _labels(equation: str, dims: Sequence[int]) -> tuple[str, str, str]:
+    """The labels of both operands and of the result, with an ellipsis spelt out."""
+    left, _, of_y = equation.replace(" ", "").partition("->")
+    of_operands = left.split(",")
+    free = [letter for letter in ascii_letters if letter not in equation]
+    longest = max((n - len(o) + 3 for o, n in zip(of_operands, dims, strict=True) if "..." in o), default=0)
+    spelt = []
+    for operand, n in zip([*of_operands, of_y], [*dims, longest + len(of_y) - 3], strict=True):
+        extra = n - len(operand) + 3
+        spelt.append(operand.replace("...", "".join(free[longest - extra : longest])) if "..." in operand else operand)
+    return spelt[0], spelt[1], spelt[2]
+
+
+def _layer_norm(
+    meeting: Meeting, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> torch.Tensor:
+    x = meeting.record(x)
+    w, for_w = meeting.optional_slot(weight)
+    b, for_b = meeting.optional_slot(bias)
+    return LayerNormRows.apply(x, tuple(normalized_shape), w, b, eps, for_w, for_b)
+
+
+def _rms_norm(meeting: Meeting, x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
+    w, slot = meeting.slot(weight)
+    plain = nn.functional.rms_norm(meeting.record(x), normalized_shape, None, eps)
+    return ScaleRows.apply(plain, w, slot)
+
+
+def _embedding(
+    meeting: Meeting,
+    at: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
+    if max_norm is not None or scale_grad_by_freq or sparse or not meeting.is_data(at) or len(at) != meeting.batch:
+        raise UnknownMeetingError("embedding")
+    w, slot = meeting.slot(weight)
+    return EmbeddingRows.apply(at, w, None if padding_idx is None else padding_idx % len(weight), slot)
+
+
+def _conv2d(
+    meeting: Meeting,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    x = meeting.record(x)
+    if isinstance(padding, str) or x.dim() != 4:
+        raise UnknownMeetingError("conv2d")
+    w, for_w = meeting.optional_slot(weight)
+    b, for_b = meeting.optional_slot(bias)
+    how = [list(value) if isinstance(value, list | tuple) else [value, value] for value in (stride, padding, dilation)]
+    return ConvolutionRows.apply(x, w, b, *how, groups, for_w, for_b)
+
+
+_RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "mul": _mul,
+    "rmul": _mul,
+    "multiply": _mul,
+    "add": _add,
+    "radd": _add,
+    "sub": _sub,
+    "rsub": lambda meeting, a, b: _sub(meeting, b, a),
+    "div": _div,
+    "einsum": _einsum,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "embedding": _embedding,
+    "conv2d": _conv2d,
+}
