@@ -157,6 +157,7 @@ class EvaluateConfig(Section):
         "auto",
         description="counts over held-out records: noised and paid for (auto: under DP), exact (auto: without), none",
     )
+    epsilon: float = Field(0.0, ge=0, description="budget of a held-out unit for all evaluations; 0: privacy.epsilon")
 
 
 class SiteConfig(Section):
@@ -236,6 +237,13 @@ class RunConfig(Section):
                 "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"
             )
         privacy = self.privacy
+        if self.evaluate.release == "noised" and not privacy.enabled:
+            raise ValueError('evaluate.release "noised" needs privacy.enabled, whose budget pays for it')
+        if self.evaluate.epsilon > privacy.epsilon:
+            raise ValueError(
+                f"evaluate.epsilon {self.evaluate.epsilon:g} is above privacy.epsilon {privacy.epsilon:g}, which is "
+                "promised to everybody"
+            )
         if privacy.records_per_patient > 1 and privacy.unit != "patient":
             raise ValueError('privacy.records_per_patient needs privacy.unit = "patient"')
         if privacy.records_per_patient > self.train.micro_batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,24 +46,19 @@ def release_event(config: RunConfig, round: int, spent: tuple[Event, ...]) -> Ev
     Guarantee
     ---------
     Neighbours: held-out sets that differ by one unit. All evaluations of the run, with ``spent``, are within
-    ``privacy.epsilon`` at ``privacy.delta``. A unit is held out or trained on, never both under one split, so what it
+    ``evaluate.epsilon`` (``privacy.epsilon`` where it is 0) at ``privacy.delta``. A unit is held out or trained on, never both under one split, so what it
     pays here is not what others pay for the training.
     """
     privacy, left = config.privacy, evaluations_left(config, round)
-    if spent:
-        again = spent[-1].noise_multiplier
-        if spent[-1] == Event(again, 1.0, 1) and privacy_kept(config, (*spent, Event(again, 1.0, left))):
-            return Event(again, 1.0, 1)
+    budget = config.evaluate.epsilon or privacy.epsilon
+    if spent and spent[-1] == replace(spent[-1], sampling_rate=1.0, steps=1):
+        again = replace(spent[-1], steps=left)
+        if epsilon((*spent, again), privacy.delta, privacy.neighbours, privacy.accountant) <= budget:
+            return spent[-1]
     noise = calibrate_noise(
-        privacy.epsilon, privacy.delta, 1.0, left, spent, neighbours=privacy.neighbours, accountant=privacy.accountant
+        budget, privacy.delta, 1.0, left, spent, neighbours=privacy.neighbours, accountant=privacy.accountant
     )
     return Event(noise, 1.0, 1)
-
-
-def privacy_kept(config: RunConfig, events: tuple[Event, ...]) -> bool:
-    """Whether ``events`` together stay within the run's budget."""
-    privacy = config.privacy
-    return epsilon(events, privacy.delta, privacy.neighbours, privacy.accountant) <= privacy.epsilon
 
 
 def noised(

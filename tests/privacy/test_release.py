@@ -125,6 +125,15 @@ def test_all_evaluations_of_a_run_together_keep_its_budget_and_use_it(every: int
     assert 0.9 * 4.0 < epsilon(tuple(spent), 1e-5) <= 4.0
 
 
+def test_the_evaluations_may_have_a_smaller_budget_of_their_own() -> None:
+    event = release_event(config(evaluate__epsilon=0.5), 0, ())
+    assert 0.45 < epsilon((Event(event.noise_multiplier, 1.0, 6),), 1e-5) <= 0.5
+    with pytest.raises(UserError, match=r"evaluate\.epsilon 5 is above privacy\.epsilon 4"):
+        config(evaluate__epsilon=5.0)
+    with pytest.raises(UserError, match=r"needs privacy\.enabled"):
+        config(evaluate__release="noised", privacy__enabled=False)
+
+
 def test_what_was_spent_before_is_counted() -> None:
     settings = config()
     before = (Event(2.0, 1.0, 1),)
