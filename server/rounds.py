@@ -308,7 +308,8 @@ class Federation:
         messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
         here = set(self.strategy.sites.values()).difference(self.strategy.phase.resting)
         self.watch.phase_started("train", number, len(here))
-        self._exchange(messages)
+        if here:
+            self._exchange(messages)
         enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
         if self.central is not None and enough:

@@ -24,6 +24,7 @@ from fedgraft.server.checkpoints import load_last
 from fedgraft.server.report.central import central as told_in_report
 from fedgraft.server.report.record import read_record
 from fedgraft.server.rounds import check
+from fedgraft.simulations import run as runs
 from fedgraft.strategies import Aggregator, Capabilities, aggregator
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-directory.md"
@@ -335,6 +336,22 @@ def test_an_update_that_is_not_finite_is_left_out(
     (line,) = tinyfederation.metrics(folder, "train")
     assert "NaN" in line["missing"]["east"] and set(line["sites"]) == {"north", "south"}
     assert result["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_flowers_engine_draws_and_noises_alike(
+    tiny_federation: Any, tinyfederation: ModuleType, tmp_path: Path
+) -> None:
+    """The seed draws nobody in the first round, and not everybody in the second."""
+    config = tiny_federation.config(**SEEDED, rounds=2, **{"seed": 15, "central.sampling_rate": 0.5})
+    mine = tiny_federation.run(config, tmp_path / "inprocess")
+    theirs = runs.simulate(config, tmp_path / "flower", engine="flower")
+    assert theirs["central"] == mine["central"]
+    resting = [line["resting"] for line in tinyfederation.metrics(tmp_path / "flower", "train")]
+    assert resting == [line["resting"] for line in tinyfederation.metrics(tmp_path / "inprocess", "train")]
+    assert len(resting[0]) == 3 and 0 < len(resting[1]) < 3
+    one, two = (state_after(tmp_path / name, 2) for name in ("inprocess", "flower"))
+    assert max(float(np.abs(one[name] - two[name]).max()) for name in one) <= 1e-5
 
 
 # What is refused
