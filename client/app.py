@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -16,6 +17,7 @@ from flwr.clientapp import ClientApp
 from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
+from ..core.packing import agree
 from ..core.progress import SILENT, Watch
 from ..core.tasks import Example
 from ..core.update import PrivacyStatement
@@ -32,11 +34,16 @@ from ..core.wire import (
 )
 from ..privacy.accounting import Event
 from ..privacy.clipping import require_exact
-from ..privacy.ledger import Ledger, Limit, Part, Reservation
+from ..privacy.ledger import Ledger, Limit, OverspentError, Part, Reservation
+from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan, statement
-from ..privacy.sampling import group_by_unit
+from ..privacy.release import noised, release_event
+from ..strategies import create_aggregator
+from .auditlog import AuditLog
 from .data import SiteData, load_site
 from .evaluation import evaluate
+from .gate import left, require_allowed, require_refusal
+from .policy import Dataset, NoPolicyError, Policy, PolicyError, load_policy
 from .resident import Resident, resident
 from .trainer import train
 
@@ -49,14 +56,47 @@ class _StateNotHeldError(UserError):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a site's own machine supplies, and no instruction can: which site it is, its data, where it keeps records.
+    """What a site's own machine supplies, and no instruction can.
 
-    ``folder``: the site's own folder, for its ledger; None keeps the ledger in memory (for tests).
+    ``name``: which site it is (of the run, where there is a configuration); ``folder``: its own folder, for ledgers and
+    audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
+    the place that the policy names.
     """
 
-    name: Callable[[RunConfig, Context], str]
-    data: Callable[[RunConfig, str, Context], SiteData]
-    folder: Callable[[RunConfig, str, Context], Path | None]
+    name: Callable[[RunConfig | None, Context], str]
+    folder: Callable[[str, Context], Path | None]
+    policy: Callable[[Path | None, Context], Policy]
+    data: Callable[[RunConfig, str, Path, Context], SiteData]
+
+
+@dataclass(frozen=True)
+class _Here:
+    """The site that answers, and what it lets this job do."""
+
+    site: str
+    folder: Path | None
+    context: Context
+    policy: Policy
+    dataset: Dataset
+
+
+@dataclass
+class _Visit:
+    """What is known of an instruction so far."""
+
+    kind: Kind
+    site: str = "?"
+    folder: Path | None = None
+    job: Job | None = None
+    digest: str = ""
+    here: _Here | None = None
+
+    def log(self, event: str, **values: Any) -> None:
+        """Write a line into the site's audit log. Raises :class:`UserError` when that cannot be."""
+        job = self.job
+        about = {"run": job.run, "round": job.round} if job is not None else {}
+        about |= {"job": self.digest} if self.digest else {}
+        AuditLog(self.folder).write(event, site=self.site, kind=self.kind, **about, **values)
 
 
 @dataclass(frozen=True)
@@ -66,8 +106,10 @@ class _Prepared:
     train: list[Example]
     held_out: list[Example]
     groups: list[np.ndarray]
+    held_out_groups: list[np.ndarray]
     ledger: Ledger
     split: str
+    limits: tuple[Limit, ...] = ()
 
 
 class SiteClient:
@@ -76,43 +118,97 @@ class SiteClient:
     def __init__(self, surroundings: Surroundings, watch: Watch = SILENT) -> None:
         self._surroundings = surroundings
         self._watch = watch
-        self._configs: OrderedDict[str, RunConfig] = OrderedDict()
+        self._configs: OrderedDict[str, tuple[RunConfig, str]] = OrderedDict()
         self._prepared: dict[tuple[str, ...], _Prepared] = {}
+        # Decisions that are in the audit log already: the policy and the job have not changed since.
+        self._admitted: set[tuple[str, ...]] = set()
         # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
         self._states: OrderedDict[tuple[str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
 
     def answer(self, kind: Kind, message: Message, context: Context) -> Message:
         """Do what the instruction says; a failure becomes a one-line answer that names the site."""
-        site, number = "?", 0
+        visit = _Visit(kind)
         try:
-            job = decode_job(message.content)
-            number = job.round
-            config = self._config(job.config)
-            site = self._surroundings.name(config, context)
-            if job.site and job.site != site:
-                raise UserError(f"this is site {site}, the instruction is for {job.site}")
-            handler = {"hello": self._hello, "train": self._train, "evaluate": self._evaluate}[kind]
-            content = handler(job, config, site, message.content, context)
-        except _StateNotHeldError as error:
-            content = encode_refusal(error, site=site, round=number, code=NEEDS_STATE)
+            content = self._answered(visit, message.content, context)
+            event, told = "left", left(content)
         except Exception as error:
-            log.error("site %s: %s", site, one_line(error), exc_info=not isinstance(error, UserError))
-            if isinstance(error, PrivateError) or not isinstance(error, UserError):
-                # The answer says less than this, and whoever watches sits at the site.
-                self._watch.note(f"site {site}: {one_line(error)}")
-            content = encode_refusal(error, site=site, round=number)
-        self._watch.site_finished(kind, site)
+            content = self._refusal(error, visit)
+            event, told = "refused", self._reason(error, visit)
+        try:
+            visit.log(event, **told)
+        except UserError as error:
+            log.error("site %s: %s", visit.site, one_line(error))
+            content = self._refusal(error, visit)
+        self._watch.site_finished(kind, visit.site)
         return Message(content, reply_to=message)
 
-    def _hello(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
-        prepared, model = self._site(job, config, site, context)
+    def _answered(self, visit: _Visit, content: RecordDict, context: Context) -> RecordDict:
+        """The answer to an instruction, past the gate."""
+        with contextlib.suppress(UserError):
+            # Known before the instruction is read, so that a bad one is in the audit log too.
+            visit.site = self._surroundings.name(None, context)
+            visit.folder = self._surroundings.folder(visit.site, context)
+        job = visit.job = decode_job(content)
+        config, visit.digest = self._config(job.config)
+        site = visit.site = self._surroundings.name(config, context)
+        if job.site and job.site != site:
+            raise UserError(f"this is site {site}, the instruction is for {job.site}")
+        folder = visit.folder = self._surroundings.folder(site, context)
+        policy = self._surroundings.policy(folder, context)
+        dataset = policy.dataset_of(config, site, str(context.node_config.get("dataset", "")))
+        here = visit.here = _Here(site, folder, context, policy, dataset)
+        policy.admit(config, job.fingerprint, dataset)
+        decided = (str(folder), job.run, visit.digest, policy.digest, dataset.name)
+        if decided not in self._admitted:
+            visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
+            self._admitted.add(decided)
+        handler = {"hello": self._hello, "train": self._train, "evaluate": self._evaluate}[visit.kind]
+        answer = handler(job, config, here, content)
+        spec = None
+        if visit.kind == "train":
+            own = resident(_own_version(config, site)).adapter.spec
+            spec = agree(decode_table(content, "the server"), own, "the server")
+        require_allowed(
+            visit.kind, answer, config=config, policy=policy, dataset=dataset, fingerprint=job.fingerprint, spec=spec
+        )
+        return answer
+
+    def _refusal(self, error: Exception, visit: _Visit) -> RecordDict:
+        log.error("site %s: %s", visit.site, one_line(error), exc_info=not isinstance(error, UserError))
+        if isinstance(error, PrivateError) or not isinstance(error, UserError):
+            # The answer says less than this, and whoever watches sits at the site.
+            self._watch.note(f"site {visit.site}: {one_line(error)}")
+        code = NEEDS_STATE if isinstance(error, _StateNotHeldError) else ""
+        number = visit.job.round if visit.job is not None else 0
+        content = encode_refusal(_sendable(error, visit.folder), site=visit.site, round=number, code=code)
+        require_refusal(content)
+        return content
+
+    def _reason(self, error: Exception, visit: _Visit) -> dict[str, Any]:
+        """Why nothing leaves, for the audit log, which quotes no record and names the policy's line."""
+        rule = error.rule if isinstance(error, PolicyError) else None
+        if isinstance(error, OverspentError) and visit.here is not None:
+            rule = visit.here.policy.limits(visit.here.dataset).get(error.limit)
+        private = isinstance(error, PrivateError) and not isinstance(error, NoPolicyError)
+        why: dict[str, Any] = {"why": type(error).__name__}
+        if isinstance(error, UserError) and not private:
+            why["why"] = one_line(error)
+        if rule is not None:
+            why["rule"] = {"file": rule.file, "line": rule.line, "text": rule.text}
+        return why
+
+    def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        prepared, model = self._site(job, config, here)
         if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
-            self._plan(job, config, prepared)
-            require_exact(model.adapter.model, model.adapter.trainables())
+            plan = self._plan(job, config, prepared)
+            self._require_room(prepared, plan.event(plan.steps), "train")
+            require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            if config.evaluation_release == "noised":
+                self._require_room(prepared, self._release_event(job, config, prepared), "held-out")
         return encode_answer(
             "hello",
-            site=site,
+            site=here.site,
             round=job.round,
             metrics={
                 "records": len(prepared.train),
@@ -126,13 +222,14 @@ class SiteClient:
             privacy=self._promise(config, prepared),
         )
 
-    def _train(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
-        prepared, model = self._site(job, config, site, context)
-        state = self._with_local(self._receive(content, context, model), context)
+    def _train(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        prepared, model = self._site(job, config, here)
+        state = self._with_local(self._receive(content, here.context, model), here.context)
+        here.policy.require_tensors(state.spec.select("share"))
         plan = promise = reserved = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
-            require_exact(model.adapter.model, model.adapter.trainables())
+            require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             reserved = self._reserve(job, config, prepared, plan.event(config.train.local_steps), "train")
             promise = self._promise(config, prepared)
@@ -141,7 +238,7 @@ class SiteClient:
         def on_step(step: int, loss: float | None) -> None:
             nonlocal taken
             taken = step
-            self._watch.site_step(site, step, config.train.local_steps, loss, promise.epsilon if promise else None)
+            self._watch.site_step(here.site, step, config.train.local_steps, loss, promise.epsilon if promise else None)
 
         try:
             result = train(
@@ -150,7 +247,7 @@ class SiteClient:
                 prepared.train,
                 prepared.groups,
                 config,
-                site=site,
+                site=here.site,
                 round=job.round,
                 plan=plan,
                 on_step=on_step,
@@ -164,44 +261,72 @@ class SiteClient:
         if reserved is not None:
             prepared.ledger.settle(reserved, reserved.steps, "released")
             promise = self._promise(config, prepared)
-        self._keep_local(result.state, context)
+        self._keep_local(result.state, here.context)
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
             metrics["loss"] = result.loss
         shared = result.state.only(result.state.spec.select("share"))
         return encode_answer(
             "train",
-            site=site,
+            site=here.site,
             round=job.round,
             metrics=metrics,
             privacy=promise,
             adapter=encode_adapter(shared, wire=config.server.wire_dtype),
         )
 
-    def _evaluate(self, job: Job, config: RunConfig, site: str, content: RecordDict, context: Context) -> RecordDict:
-        prepared, model = self._site(job, config, site, context)
-        state = self._with_local(self._receive(content, context, model), context)
+    def _evaluate(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        prepared, model = self._site(job, config, here)
+        state = self._with_local(self._receive(content, here.context, model), here.context)
         metrics: dict[str, float] = {}
-        if config.evaluation_release != "none":
+        if config.evaluation_release == "noised":
+            metrics = self._noised_counts(job, config, here.site, prepared, model, state)
+        elif config.evaluation_release == "exact_not_private":
             metrics = evaluate(model, state, prepared.held_out, config).exact()
         privacy = self._promise(config, prepared)
-        return encode_answer("evaluate", site=site, round=job.round, metrics=metrics, privacy=privacy)
+        return encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
+
+    def _noised_counts(
+        self, job: Job, config: RunConfig, site: str, prepared: _Prepared, model: Resident, state: AdapterState
+    ) -> dict[str, float]:
+        """Evaluation counts that the budget of the held-out units has paid for."""
+        event = self._release_event(job, config, prepared)
+        reserved = self._reserve(job, config, prepared, event, "held-out")
+        scores = evaluate(model, state, prepared.held_out, config)
+        if config.privacy.seeded_noise_not_private:
+            stream = RandomStream.seeded_not_private(config.seed, site, job.round, "evaluation")
+        else:
+            stream = RandomStream.from_os()
+        even = model.task.even_loss(model.adapter.model)
+        counts = noised(scores, prepared.held_out_groups, even, event.noise_multiplier, stream)
+        prepared.ledger.settle(reserved, 1, "released")
+        return counts
+
+    def _release_event(self, job: Job, config: RunConfig, prepared: _Prepared) -> Event:
+        try:
+            return release_event(config, job.round, prepared.ledger.spent("held-out", prepared.split))
+        except UserError as error:
+            raise UserError(f'the evaluation: {error}; or say evaluate.release = "none"') from None
 
     def _reserve(
         self, job: Job, config: RunConfig, prepared: _Prepared, events: Event | tuple[Event, ...], part: Part
     ) -> Reservation:
-        """Set budget aside for ``events``, within what the job allows."""
+        """Set budget aside for ``events``, within what the job and the site's policy allow."""
         privacy = config.privacy
         return prepared.ledger.reserve(
             events,
             part=part,
             split=prepared.split,
-            limits=(_own_limit(config),),
+            limits=(_own_limit(config), *prepared.limits),
             private_noise=not privacy.seeded_noise_not_private,
             run=job.run,
             round=job.round,
             delta=privacy.delta,
         )
+
+    def _require_room(self, prepared: _Prepared, events: Event | tuple[Event, ...], part: Part) -> None:
+        """Raise, with nothing spent, unless the site's policy leaves room for ``events``."""
+        prepared.ledger.require_room(events, part=part, split=prepared.split, limits=prepared.limits)
 
     def _promise(self, config: RunConfig, prepared: _Prepared) -> PrivacyStatement | None:
         """Said with every answer, so that the steps of a training that was lost are counted where people look."""
@@ -222,25 +347,29 @@ class SiteClient:
             ledger=ledger.head,
         )
 
-    def _config(self, text: str) -> RunConfig:
+    def _config(self, text: str) -> tuple[RunConfig, str]:
+        """The configuration of an instruction, and its digest."""
         if text not in self._configs:
-            self._configs[text] = config_from_json(text, "the server's configuration")
+            config = config_from_json(text, "the server's configuration")
+            self._configs[text] = (config, config.digest())
             while len(self._configs) > 2:
                 self._configs.popitem(last=False)
         return self._configs[text]
 
-    def _site(self, job: Job, config: RunConfig, site: str, context: Context) -> tuple[_Prepared, Resident]:
+    def _site(self, job: Job, config: RunConfig, here: _Here) -> tuple[_Prepared, Resident]:
+        site, policy, dataset = here.site, here.policy, here.dataset
         model = resident(_own_version(config, site))
         if model.base.fingerprint != job.fingerprint:
             raise UserError(
                 f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
                 f"{job.fingerprint[:12]}); give every site the same files"
             )
-        folder = self._surroundings.folder(config, site, context)
+        place = policy.data_path(dataset)
         # One process may serve runs that differ in nothing but where the site's data and ledger lie.
-        key = (job.config, site, str(folder), str(context.node_config.get("data-path", "")))
+        key = (job.config, site, str(here.folder), dataset.name, str(place))
         if key not in self._prepared:
-            data = self._surroundings.data(config, site, context)
+            policy.require_tensors(_shared(config, model))
+            data = self._surroundings.data(config, site, place, here.context)
             task, processor = model.task, model.base.processor
             by_patient = config.privacy.enabled and config.privacy.unit == "patient"
             if by_patient and data.train.patients is None:
@@ -248,11 +377,19 @@ class SiteClient:
             self._prepared[key] = _Prepared(
                 train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
-                groups=group_by_unit(data.train.patients if by_patient else None, len(data.train)),
-                ledger=Ledger(folder / "ledgers" if folder else None, data.fingerprint, unit=config.privacy.unit),
+                groups=data.train.units(by_patient=by_patient)[0],
+                held_out_groups=data.held_out.units(by_patient=by_patient)[0],
+                ledger=Ledger(
+                    here.folder / "ledgers" if here.folder else None,
+                    data.fingerprint,
+                    dataset=dataset.name,
+                    unit=config.privacy.unit,
+                ),
                 split=_split(config, data),
             )
-        return self._prepared[key], model
+        prepared = replace(self._prepared[key], limits=tuple(policy.limits(dataset)))
+        policy.require_units(len(prepared.groups), dataset)
+        return prepared, model
 
     def _plan(self, job: Job, config: RunConfig, prepared: _Prepared) -> PrivacyPlan:
         remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
@@ -312,6 +449,24 @@ def _own_version(config: RunConfig, site: str) -> RunConfig:
     return config.model_copy(update={"model": own.model or config.model, "method": method})
 
 
+def _sendable(error: Exception, folder: Path | None) -> Exception:
+    """``error`` as others may hear it: where a file lies at the site is the site's own affair."""
+    if isinstance(error, NoPolicyError):
+        return UserError(error.sent)
+    if isinstance(error, PrivateError) or not isinstance(error, UserError) or folder is None:
+        return error
+    return UserError(str(error).replace(f"{folder}/", ""))
+
+
+def _shared(config: RunConfig, model: Resident) -> tuple[str, ...]:
+    """The tensors that a job would have leave, as far as this site knows its strategy; else all."""
+    try:
+        aggregator = create_aggregator(config.strategy, config.strategy_options)
+        return aggregator.prepare(model.adapter.read()).spec.select("share")
+    except UserError:
+        return model.adapter.spec.names
+
+
 def _own_limit(config: RunConfig) -> Limit:
     """What the job itself promises."""
     privacy = config.privacy
@@ -357,29 +512,38 @@ def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> Client
     return app
 
 
-def own_name(config: RunConfig, context: Context) -> str:
+def own_name(config: RunConfig | None, context: Context) -> str:
     """The site's name from its node configuration: ``site``, or its position among the run's sites."""
     node = context.node_config
     if "site" in node:
         return str(node["site"])
-    position = node.get("partition-id")
-    if not isinstance(position, int) or not 0 <= position < len(config.site_names):
-        raise UserError(
-            f'the node configuration names no site: give site="NAME" or a partition-id below {len(config.site_names)}'
-        )
-    return config.site_names[position]
+    position, names = node.get("partition-id"), config.site_names if config is not None else ()
+    if not isinstance(position, int) or not 0 <= position < len(names):
+        raise UserError(f'the node configuration names no site: give site="NAME" or a partition-id below {len(names)}')
+    return names[position]
 
 
-def _own_folder(config: RunConfig, site: str, context: Context) -> Path:
+def _own_folder(site: str, context: Context) -> Path:
     folder = context.node_config.get("site-folder")
     if not folder:
         raise UserError(f'site {site}: give site-folder="FOLDER" in the node configuration; the ledger lies there')
     return Path(str(folder))
 
 
-def _own_data(config: RunConfig, site: str, context: Context) -> SiteData:
-    return load_site(config, site, str(context.node_config.get("data-path", "")))
+def _own_policy(folder: Path | None, context: Context) -> Policy:
+    chosen = str(context.node_config.get("policy", ""))
+    return load_policy(Path(chosen) if chosen or folder is None else folder / "policy.toml")
 
 
-#: The ClientApp of a real site: its name, data and folder come from its own node configuration.
-app = make_client_app(Surroundings(own_name, _own_data, _own_folder))
+def _own_data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
+    given = str(context.node_config.get("data-path", ""))
+    if given and Path(given).resolve() != path.resolve():
+        raise PrivateError(
+            f"site {site}: data-path {given} in the node configuration is not {path}, which the policy names; a job "
+            "reads nothing else, so leave data-path out or change the policy"
+        )
+    return load_site(config, site, str(path))
+
+
+#: The ClientApp of a real site: its name, folder, policy and data come from its own node configuration.
+app = make_client_app(Surroundings(own_name, _own_folder, _own_policy, _own_data))

@@ -28,7 +28,20 @@ _CLOCK = timedelta(minutes=1)
 _ROUNDING = 1e-9
 _LOCK = ".lock"
 _RESERVE = {
-    *("kind", "id", "time", "part", "split", "dataset", "fingerprint", "unit", "private_noise", "steps", "events"),
+    *(
+        "kind",
+        "id",
+        "time",
+        "part",
+        "split",
+        "dataset",
+        "fingerprint",
+        "unit",
+        "private_noise",
+        "steps",
+        "events",
+        "independent",
+    ),
 }
 _SETTLE = {"kind", "id", "time", "steps", "outcome"}
 
@@ -73,7 +86,8 @@ class Reservation:
 class Entry:
     """A reservation as the ledger holds it, and what became of it.
 
-    ``taken``: optimiser steps that were taken, None while nobody said; ``about``: what it was spent on, for people.
+    ``independent``: each of its ``steps`` is one step of its event, so that they can be given back one by one;
+    ``taken``: steps that were taken, None while nobody said; ``about``: what it was spent on, for people.
     """
 
     path: Path | None
@@ -88,6 +102,7 @@ class Entry:
     private_noise: bool
     steps: int
     events: tuple[Event, ...]
+    independent: bool
     about: Mapping[str, Any]
     taken: int | None = None
     outcome: str = ""
@@ -95,7 +110,7 @@ class Entry:
     @property
     def counted(self) -> tuple[Event, ...]:
         """What it cost: all that was reserved but, of independent steps, those that are known never to have run."""
-        if self.taken is None or len(self.events) != 1 or self.events[0].steps != self.steps:
+        if self.taken is None or not self.independent:
             return self.events
         return (replace(self.events[0], steps=self.taken),) if self.taken else ()
 
@@ -193,9 +208,12 @@ class Ledger:
     ) -> Reservation:
         """Record that ``events`` are about to be spent; returns once the line is on the disk.
 
-        ``steps``: optimiser steps that the events pay for, where that is not the sum of theirs; ``about``: what it is
-        spent on (run, round), for people. Raises :class:`UserError`, with nothing written, when a limit would be
-        broken, the ledger is damaged or cannot be written, or the clock is behind the ledger.
+        One event stands for steps with noise of their own, and :meth:`settle` gives back those that never ran; several
+        (or none, where what is paid for already pays for these too) count whole. ``steps``: optimiser steps that they
+        pay for, where that is not the sum of theirs; ``about``: what it is spent on (run, round), for people.
+
+        Raises :class:`UserError`, with nothing written, when a limit would be broken, the ledger is damaged or cannot
+        be written, or the clock is behind the ledger.
 
         Guarantee
         ---------
@@ -206,8 +224,10 @@ class Ledger:
             raise ValueError(f"`{min(taken)}` is the ledger's own word")
         if not self.fingerprint and self._single != self.folder:
             raise ValueError("without the fingerprint of the data nothing can be spent on them")
+        independent = isinstance(events, Event) and steps in (None, events.steps)
         events = (events,) if isinstance(events, Event) else tuple(events)
-        if not events:
+        steps = sum(event.steps for event in events) if steps is None else steps
+        if steps < 1:
             raise ValueError("there is nothing to reserve")
         with self._alone():
             now = self._clock()
@@ -222,8 +242,9 @@ class Ledger:
                 "fingerprint": self.fingerprint,
                 "unit": self.unit,
                 "private_noise": private_noise,
-                "steps": sum(event.steps for event in events) if steps is None else steps,
+                "steps": steps,
                 "events": [event.to_dict() for event in events],
+                "independent": independent,
             }
             spent = self._spendable(now)
             self._require_room([*spent, _entry(self.path, 0, values)], split, limits, now)
@@ -236,9 +257,8 @@ class Ledger:
         events = (events,) if isinstance(events, Event) else tuple(events)
         now = self._clock()
         spent = self._spendable(now)
-        asked = Entry(
-            self.path, 0, "", now, part, split, self.dataset, self.fingerprint, self.unit, True, 1, events, {}
-        )
+        about = (part, split, self.dataset, self.fingerprint, self.unit)
+        asked = Entry(self.path, 0, "", now, *about, True, 1, events, False, {})
         self._require_room([*spent, asked], split, limits, now)
 
     def settle(self, reservation: Reservation, steps: int, outcome: Outcome) -> str:
@@ -373,11 +393,13 @@ def _entry(path: Path | None, number: int, values: Mapping[str, Any]) -> Entry:
     texts = {key: values[key] for key in ("id", "part", "split", "dataset", "fingerprint", "unit")}
     if not all(isinstance(text, str) for text in texts.values()):
         raise TypeError("not a text")
-    if type(values["private_noise"]) is not bool or type(values["steps"]) is not int or values["steps"] < 0:
-        raise TypeError("not an entry")
+    if not all(type(values[key]) is bool for key in ("private_noise", "independent")):
+        raise TypeError("neither true nor false")
+    if type(values["steps"]) is not int or values["steps"] < 1:
+        raise TypeError("not a number of steps")
     events = tuple(Event.from_dict(event) for event in values["events"])
-    if not events:
-        raise ValueError("no event")
+    if values["independent"] and [event.steps for event in events] != [values["steps"]]:
+        raise ValueError("not one event of so many steps")
     return Entry(
         path=path,
         line=number,
@@ -385,6 +407,7 @@ def _entry(path: Path | None, number: int, values: Mapping[str, Any]) -> Entry:
         private_noise=values["private_noise"],
         steps=values["steps"],
         events=events,
+        independent=values["independent"],
         about={key: value for key, value in values.items() if key not in _RESERVE and key not in CHAIN},
         **texts,
     )
@@ -422,10 +445,4 @@ def _total(
     if year:
         entries = [entry for entry in entries if entry.time.astimezone(UTC).year == year]
     parts = {entry.part for entry in entries if split and entry.split == split} or {""}
-    return max(
-        epsilon(_events(_paid(entries, part, split)), delta, *_relation(neighbours, accountant)) for part in parts
-    )
-
-
-def _relation(neighbours: str, accountant: str) -> tuple[str, ...]:
-    return () if (neighbours, accountant) == ("add_remove", "pld") else (neighbours, accountant)
+    return max(epsilon(_events(_paid(entries, part, split)), delta, neighbours, accountant) for part in parts)

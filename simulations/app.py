@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..client.app import Surroundings, make_client_app, own_name
 from ..client.data import SiteData
+from ..client.policy import Policy, load_policy, unrestricted
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
@@ -34,15 +35,23 @@ def run_folder(context: Context) -> Path:
 
 
 def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> ClientApp:
-    """A ClientApp whose sites keep their ledgers in the run directory (``folder``, or what the context says)."""
+    """A ClientApp whose sites keep their records in the run directory (``folder``, or what the context says).
 
-    def data(config: RunConfig, site: str, context: Context) -> SiteData:
-        return site_data(config)[site]
+    A site that finds a `policy.toml` in its folder there keeps to it; the others have nobody to protect, and let out
+    whatever the run asks for.
+    """
 
-    def place(config: RunConfig, site: str, context: Context) -> Path:
+    def place(site: str, context: Context) -> Path:
         return (folder or run_folder(context)) / "sites" / site
 
-    return make_client_app(Surroundings(own_name, data, place), watch)
+    def policy(here: Path | None, context: Context) -> Policy:
+        own = here / "policy.toml" if here is not None else None
+        return load_policy(own) if own is not None and own.exists() else unrestricted()
+
+    def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
+        return site_data(config)[site]
+
+    return make_client_app(Surroundings(own_name, place, policy, data), watch)
 
 
 client = make_simulated_client()

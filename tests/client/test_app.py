@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft.client import app as client_app
 from fedgraft.client.app import app
+from fedgraft.client.policy import unrestricted
 from fedgraft.client.resident import resident
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.config import RunConfig
@@ -22,14 +23,23 @@ from fedgraft.core.wire import NEEDS_STATE, Answer, Job, decode_adapter, decode_
 from fedgraft.privacy import Ledger, epsilon
 
 
+def open_policy(path: str | Path) -> str:
+    """The policy of a site that lets a job do what it likes with one file."""
+    return unrestricted().text.replace('"the scenario\'s"', json.dumps(str(path)))
+
+
 class Conversation:
     """A server's side of it, with the ClientApp of a real site, which knows itself by its node configuration alone."""
 
-    def __init__(self, config: RunConfig, folder: Path, **node: Any) -> None:
+    def __init__(self, config: RunConfig, folder: Path, *, policy: str | None = "", **node: Any) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self.config = config
         self.folder = folder
-        node_config = {"site": "north", "data-path": config.data.path, "site-folder": str(folder), **node}
+        if policy is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = node.get("data-path") or config.data.path
+            (folder / "policy.toml").write_text(policy or open_policy(path), encoding="utf-8")
+        node_config = {"site": "north", "site-folder": str(folder), **node}
         self.context = Context(
             run_id=1,
             node_id=2,
@@ -87,7 +97,7 @@ def test_a_site_says_who_it_is_and_what_it_holds(plain: Conversation) -> None:
     assert answer.facts["fingerprint"] == plain.model.base.fingerprint
     assert answer.facts["spec"] == plain.state.spec.digest
     assert list(plain.context.state) == []
-    assert not plain.folder.exists(), "without privacy there is no budget to record"
+    assert not (plain.folder / "ledgers").exists(), "without privacy there is no budget to record"
 
 
 def test_patients_are_counted_where_they_are_the_unit(private: Conversation, tiny_federation: Any) -> None:
@@ -145,8 +155,7 @@ def test_the_budget_is_on_the_disk_before_the_first_step(
 
 
 def test_a_ledger_that_cannot_be_written_stops_the_training(private: Conversation) -> None:
-    private.folder.parent.mkdir(parents=True, exist_ok=True)
-    private.folder.write_text("a file where the folder should be")
+    (private.folder / "ledgers").write_text("a file where the folder should be")
     answer, content = private.train()
     assert "the ledger cannot be" in answer.error
     assert "adapter" not in content
@@ -209,7 +218,9 @@ def test_another_process_of_the_site_goes_on_from_its_memory(plain: Conversation
     """Flower keeps a site's memory, not its process: the decoded adapter of this one is gone in the next."""
     plain.evaluate()
     client = client_app.SiteClient(
-        client_app.Surroundings(client_app.own_name, client_app._own_data, client_app._own_folder)
+        client_app.Surroundings(
+            client_app.own_name, client_app._own_folder, client_app._own_policy, client_app._own_data
+        )
     )
     held = plain.state.digest
     nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
@@ -315,7 +326,6 @@ def test_a_site_of_another_rank_says_so_at_hello(tiny_federation: Any, tmp_path:
             {"site-folder": None},
             'site north: give site-folder="FOLDER" in the node configuration; the ledger lies there',
         ),
-        ({"data-path": ""}, "its data cannot be used; the site's own log says why"),
         ({"data-path": "/nowhere.csv"}, "its data cannot be used; the site's own log says why"),
     ],
 )
@@ -356,7 +366,9 @@ def test_records_without_patients_are_refused_where_the_patient_is_the_unit(
 def test_a_method_without_exact_gradients_is_refused_before_anything_is_spent(
     tiny_federation: Any, tmp_path: Path
 ) -> None:
-    config = tiny_federation.private(**{"method.name": "dora", "privacy.noise_multiplier": 2.0})
+    config = tiny_federation.private(
+        **{"method.name": "dora", "privacy.engine": "opacus", "privacy.noise_multiplier": 2.0}
+    )
     answer = Conversation(config, tmp_path).hello()
     assert "has no exact per-sample gradient" in answer.error
     assert not (tmp_path / "ledgers").exists()

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedgraft.client.app import app as client_app
+from fedgraft.client.policy import unrestricted
 from fedgraft.core.errors import UserError
 from fedgraft.privacy import Ledger
 from fedgraft.server.app import app as server_app
@@ -30,7 +31,11 @@ def deployed(tiny_federation: Any, tinyfederation: Any, tmp_path: Path) -> tuple
     for number, (name, node) in enumerate(zip(names, grid._contexts.values(), strict=True)):
         rows = list(tiny_federation.rows[200 * number : 200 * number + 200])
         path = tinyfederation.write_csv(tmp_path / f"{name}.csv", rows)
-        node.node_config = {"site": name, "data-path": str(path), "site-folder": str(tmp_path / "at" / name)}
+        at = tmp_path / "at" / name
+        at.mkdir(parents=True)
+        policy = unrestricted().text.replace('"the scenario\'s"', json.dumps(str(path)))
+        (at / "policy.toml").write_text(policy, encoding="utf-8")
+        node.node_config = {"site": name, "site-folder": str(at)}
     return tiny_federation.values(**{"data.path": "", "rounds": 2}), grid
 
 
@@ -65,8 +70,8 @@ def test_a_deployed_site_keeps_its_ledger_and_a_run_its_folder(
     run = read_run(tmp_path / "run")
     assert not (tmp_path / "run" / "sites").exists(), "what belongs to a site lies at the site"
     for site, told in run["sites"].items():
-        events = Ledger(tmp_path / "at" / site / "ledgers").events()
-        assert sum(event.steps for event in events) == told["privacy"]["steps"] == 3
+        entries = Ledger(tmp_path / "at" / site / "ledgers").entries()
+        assert sum(entry.steps for entry in entries if entry.part == "train") == told["privacy"]["steps"] == 3
     # The same sites in a second run: what they spent in the first counts.
     server_app(grid, context(**settings, output=str(tmp_path / "second")))
     for site, told in read_run(tmp_path / "second")["sites"].items():

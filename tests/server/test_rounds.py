@@ -87,7 +87,7 @@ def test_the_documented_files_are_there_and_no_others(finished_private: Any) -> 
     for site in result["sites"]:
         files = {str(p.relative_to(folder / "sites" / site)) for p in (folder / "sites" / site).rglob("*.*")}
         assert {re.sub("[0-9a-f]{16}", "FINGERPRINT", file) for file in files} == {
-            *("ledgers/FINGERPRINT.jsonl", "ledgers/.lock"),
+            *("audit.jsonl", "ledgers/FINGERPRINT.jsonl", "ledgers/.lock"),
         }
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "something half written was left"
 

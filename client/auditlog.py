@@ -1,0 +1,35 @@
+"""The site's own account of every decision and of everything that left: lines that hang together by their hashes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..privacy.journal import Journal
+
+#: Its name in the site's folder.
+FILE = "audit.jsonl"
+
+
+def audit_journal(path: Path) -> Journal:
+    """The journal that an audit log is."""
+    return Journal(
+        path,
+        name="audit log",
+        stop="nothing leaves",
+        damage="nothing leaves until somebody has seen to it: move the file away, and a new one is begun",
+    )
+
+
+class AuditLog:
+    """``audit.jsonl`` in the site's ``folder``; ``None`` keeps none (for tests)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._journal = audit_journal(folder / FILE) if folder is not None else None
+
+    def write(self, event: str, **values: Any) -> None:
+        """Add a line, on the disk before this returns. Raises :class:`UserError` when that cannot be."""
+        if self._journal is not None:
+            time = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._journal.append({"time": time, "event": event, **values})
