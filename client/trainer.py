@@ -18,10 +18,12 @@ from ..core.adapter import AdapterState
 from ..core.config import RunConfig, TrainConfig
 from ..core.errors import UserError
 from ..core.tasks import Batch, Example
-from ..privacy.clipping import create_engine
+from ..privacy.adaptive import adapted
+from ..privacy.clipping import ClippedGradients, create_engine
+from ..privacy.correlated import CorrelatedNoise
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
-from ..privacy.sampling import Sample, draw, shuffled_batches
+from ..privacy.sampling import Sample, draw, shares, shuffled_batches
 from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
@@ -32,11 +34,15 @@ EngineFactory = Callable[[str, nn.Module, dict[str, nn.Parameter], float], Any]
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a round: the whole adapter, steps taken, and the mean training loss where privacy allows it."""
+    """The result of a round: the whole adapter, steps taken, and the mean training loss where privacy allows it.
+
+    ``clip``: the clipping bound that the next round begins with, where it adapts.
+    """
 
     state: AdapterState
     steps: int
     loss: float | None
+    clip: float | None = None
 
 
 def by_length(examples: Sequence[Example], indices: Iterable[int], size: int) -> Iterator[list[Example]]:
@@ -90,16 +96,22 @@ def train(
     site: str,
     round: int,
     plan: PrivacyPlan | None,
+    keys: Sequence[bytes] = (),
+    clip: float | None = None,
+    noise: CorrelatedNoise | None = None,
     on_step: OnStep = lambda step, loss: None,
     create: EngineFactory = create_engine,
 ) -> Trained:
     """Train ``state`` for ``train.local_steps`` steps and return it.
 
     ``examples``: the site's encoded training records; ``groups``: record indices of each privacy unit. With ``plan``,
-    every step is a Poisson sample of units, clipped and noised as the plan says; the caller has reserved its steps in
-    the ledger. Without, batches are drawn from the run's seed, the site and the round alone, so that the result does
-    not depend on the engine or on what ran before. The optimizer starts afresh every round. ``create`` makes the engine
-    that clips; the audit puts one that it watches in its place.
+    every step is a sample of units, clipped and noised as the plan says; the caller has reserved its steps in the
+    ledger. Without, batches are drawn from the run's seed, the site and the round alone, so that the result does
+    not depend on the engine or on what ran before. The optimizer starts afresh every round.
+
+    A plan whose units come in turn needs their ``keys``; one with correlated noise that ``noise``; one whose bound
+    adapts takes ``clip``, the bound that the last round ended with. ``create`` makes the engine that clips; the audit
+    puts one that it watches in its place.
     """
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
@@ -113,17 +125,43 @@ def train(
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
     with (
-        _training_mode(adapter.model, settings, private=plan is not None, dropout=config.method.dropout > 0),
+        _training_mode(
+            adapter.model,
+            settings,
+            # Opacus's hooks see each layer once only when the recomputation is reentrant.
+            reentrant=plan is not None and config.privacy.engine == "opacus",
+            dropout=config.method.dropout > 0,
+        ),
         torch.random.fork_rng(devices=_cuda(resident.device)),
     ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
         if plan is None:
             losses = _plain_steps(resident, trainables, examples, config, stream, optimizer, schedule, on_step)
         else:
-            _private_steps(
-                resident, trainables, examples, groups, config, plan, stream, optimizer, schedule, on_step, create
-            )
-            losses = []
+            losses, sampler = [], Sampler(plan, groups, keys, stream)
+            source = noise if noise is not None else stream
+            with create(config.privacy.engine, adapter.model, trainables, clip or plan.clip) as gradients:
+                for step in range(settings.local_steps):
+                    number = plan.first_step + step
+                    _private_step(resident, examples, sampler.sample(number), config, gradients, plan)
+                    counted = (gradients.within, gradients.over) if plan.clip_quantile else ()
+                    # An empty sample still releases its noise: skipping the step would tell that it was empty.
+                    gradients.release(plan.gradient_noise, plan.expected_batch, plan.noise_for(source, number))
+                    if counted:
+                        gradients.clip = adapted(
+                            gradients.clip,
+                            *counted,
+                            quantile=plan.clip_quantile,
+                            rate=plan.clip_rate,
+                            count_noise=plan.count_noise,
+                            expected=plan.expected_batch,
+                            stream=stream,
+                        )
+                    optimizer.step()
+                    schedule.step()
+                    on_step(step + 1, None)
+                if plan.clip_quantile:
+                    clip = gradients.clip
     for parameter in trainables.values():
         parameter.grad = None
     trained = adapter.read()
@@ -131,7 +169,33 @@ def train(
         trained.require_finite()
     except UserError as error:
         raise UserError(f"training diverged in round {round}: {error}; lower train.lr") from None
-    return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None)
+    return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None, clip)
+
+
+class Sampler:
+    """Draws the samples of a run's steps as ``plan`` says; ``keys``: a key of each unit, where they come in turn."""
+
+    def __init__(
+        self, plan: PrivacyPlan, groups: Sequence[np.ndarray], keys: Sequence[bytes], stream: RandomStream
+    ) -> None:
+        self._plan, self._groups, self._stream = plan, groups, stream
+        self._turn: np.ndarray | None = None
+        if plan.slots > 1:
+            if len(keys) != len(groups):
+                raise ValueError(f"{len(keys)} keys for {len(groups)} units that come in turn")
+            self._turn = np.floor(shares(keys, "turn") * plan.slots).astype(np.int64)
+
+    def sample(self, step: int) -> Sample:
+        """The sample of ``step``, counted from the run's first."""
+        plan = self._plan
+        return draw(
+            self._groups,
+            plan.rate_within_slot,
+            self._stream,
+            records_per_unit=plan.records_per_patient,
+            max_units=plan.max_batch,
+            candidates=None if self._turn is None else np.flatnonzero(self._turn == plan.slot(step)),
+        )
 
 
 def _plain_steps(
@@ -169,41 +233,28 @@ def _plain_steps(
     return means
 
 
-def _private_steps(
+def _private_step(
     resident: Resident,
-    trainables: dict[str, nn.Parameter],
     examples: Sequence[Example],
-    groups: Sequence[np.ndarray],
+    sample: Sample,
     config: RunConfig,
+    gradients: ClippedGradients,
     plan: PrivacyPlan,
-    stream: RandomStream,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    on_step: OnStep,
-    create: EngineFactory,
 ) -> None:
-    settings, task, model = config.train, resident.task, resident.adapter.model
-    several = config.privacy.records_per_patient
-    with create(config.privacy.engine, model, trainables, plan.clip) as gradients:
-        for step in range(settings.local_steps):
-            sample = draw(groups, plan.sampling_rate, stream, records_per_unit=several)
-            for micro, units in by_unit(examples, sample, settings.micro_batch):
-                batch = to_device(task.collate(micro, resident.base.processor), resident.device)
-                gradients.expect(len(micro))
-                with autocast(settings, resident.device):
-                    losses = task.losses(model, batch)
-                if several == 1:
-                    gradients.add(losses)
-                    continue
-                if config.privacy.patient_gradient == "mean":
-                    # The gradient is linear in the loss: the mean of a patient's gradients is the sum of these.
-                    losses = losses / torch.from_numpy(np.bincount(units)[units]).to(losses)
-                gradients.add(losses, torch.from_numpy(units).to(losses.device))
-            # An empty sample still releases its noise: skipping the step would tell that it was empty.
-            gradients.release(plan.noise_multiplier, plan.expected_batch, stream)
-            optimizer.step()
-            schedule.step()
-            on_step(step + 1, None)
+    """Add the clipped gradients of ``sample`` to the step's sum."""
+    task = resident.task
+    for micro, units in by_unit(examples, sample, config.train.micro_batch):
+        batch = to_device(task.collate(micro, resident.base.processor), resident.device)
+        gradients.expect(len(micro))
+        with autocast(config.train, resident.device):
+            losses = task.losses(resident.adapter.model, batch)
+        if plan.records_per_patient == 1:
+            gradients.add(losses)
+            continue
+        if plan.patient_gradient == "mean":
+            # The gradient is linear in the loss: the mean of a patient's gradients is the sum of these.
+            losses = losses / torch.from_numpy(np.bincount(units)[units]).to(losses)
+        gradients.add(losses, torch.from_numpy(units).to(losses.device))
 
 
 def _optimizer(settings: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -238,10 +289,10 @@ class _training_mode:
     site in its running mean, without noise.
     """
 
-    def __init__(self, model: Any, settings: TrainConfig, *, private: bool, dropout: bool) -> None:
+    def __init__(self, model: Any, settings: TrainConfig, *, reentrant: bool, dropout: bool) -> None:
         self.model = model
         self.settings = settings
-        self.private = private
+        self.reentrant = reentrant
         # A model of a few milliseconds a step would notice a walk over all its modules each round.
         self.switches = settings.gradient_checkpointing or dropout
 
@@ -263,8 +314,7 @@ class _training_mode:
             settings_of_base = model.get_base_model().config
             self.use_cache = getattr(settings_of_base, "use_cache", None)
             settings_of_base.use_cache = False
-            # Per-sample hooks see each layer once only when the recomputation is reentrant.
-            model.gradient_checkpointing_enable({"use_reentrant": self.private})
+            model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
             model.enable_input_require_grads()
 
     def __exit__(self, *error: object) -> None:

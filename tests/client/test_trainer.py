@@ -23,6 +23,7 @@ from fedgraft.client.trainer import Trained, by_length, learning_rate_factor, tr
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.config import RunConfig, TrainConfig
 from fedgraft.core.errors import UserError
+from fedgraft.privacy.correlated import CorrelatedNoise
 from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.plan import PrivacyPlan
 from fedgraft.privacy.sampling import Sample, shuffled_batches
@@ -501,7 +502,7 @@ def test_without_a_plan_one_record_moves_the_update_by_far_more(site: Site) -> N
 def test_a_patient_gives_no_more_records_a_step_than_it_may(
     site: Site, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    config = site.config(**{"privacy.enabled": True, "privacy.unit": "patient", "privacy.records_per_patient": most})
+    config = site.config()
     groups = [np.arange(start, start + 4) for start in range(0, RECORDS, 4)]
     seen: list[int] = []
     plain = trainer.by_unit
@@ -515,7 +516,8 @@ def test_a_patient_gives_no_more_records_a_step_than_it_may(
         return plain(examples, sample, size)
 
     monkeypatch.setattr(trainer, "by_unit", spying)
-    site.train(config, plan=plan(config, unit="patient", units=10, expected_batch=8), groups=groups)
+    promise = plan(config, unit="patient", units=10, expected_batch=8, records_per_patient=most)
+    site.train(config, plan=promise, groups=groups)
     assert len(seen) > 10 * most
 
 
@@ -537,14 +539,18 @@ def test_the_gradients_of_a_patient_are_joined_and_clipped_once(
                 "train.lr": 1.0,
                 "train.batch_size": 3,
                 "train.micro_batch": micro,
-                "privacy.enabled": True,
-                "privacy.unit": "patient",
-                "privacy.records_per_patient": 3,
-                "privacy.patient_gradient": gradient,
             }
         )
         start = site.start(config)
-        promise = plan(config, unit="patient", units=10, expected_batch=3, clip=clip)
+        promise = plan(
+            config,
+            unit="patient",
+            units=10,
+            expected_batch=3,
+            clip=clip,
+            records_per_patient=3,
+            patient_gradient=gradient,
+        )
         updates.append(site.train(config, start=start, plan=promise, groups=groups).state - start)
     assert gap(*updates) < 1e-6
     model = site.model(config)
@@ -649,3 +655,102 @@ def test_the_model_stays_in_memory_and_two_are_kept(site: Site) -> None:
     assert site.model(site.config(**{"method.rank": 2})) is not two
     forget_all()
     assert site.model(site.config()) is not one
+
+
+# Turns, correlated noise, a bound that adapts
+
+
+def _watch_draws(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    seen: list[list[int]] = []
+    plain = trainer.draw
+
+    def watching(*args: Any, **settings: Any) -> Sample:
+        sample = plain(*args, **settings)
+        seen.append(sample.records.tolist())
+        return sample
+
+    monkeypatch.setattr(trainer, "draw", watching)
+    return seen
+
+
+def test_units_in_turn_all_come_once_an_epoch_at_their_own_step(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = site.config(**{"train.local_steps": 10, "train.batch_size": 8, "train.lr": 1e-3})
+    keys = [f"patient {i}".encode() for i in range(RECORDS)]
+    promise = plan(config, sampler="cyclic", steps=10, expected_batch=8, epsilon=200.0)
+    assert promise.slots == 5
+    seen = _watch_draws(monkeypatch)
+    site.train(config, plan=promise, keys=keys)
+    for epoch in (seen[:5], seen[5:]):
+        assert sorted(record for step in epoch for record in step) == list(range(RECORDS))
+    assert seen[:5] == seen[5:]
+    all_of_them = seen[:]
+    # A site without the first ten deals the others exactly as before.
+    seen.clear()
+    fewer = plan(config, sampler="cyclic", steps=10, expected_batch=6, units=30, epsilon=200.0)
+    assert fewer.slots == 5
+    site.train(config, plan=fewer, keys=keys[10:], groups=[np.array([i]) for i in range(10, RECORDS)])
+    assert seen == [[record for record in step if record >= 10] for step in all_of_them]
+    # A later round goes on where the one before ended.
+    seen.clear()
+    later = plan(config, sampler="cyclic", steps=10, expected_batch=8, epsilon=200.0, first_step=3)
+    site.train(config, plan=later, keys=keys)
+    assert seen == [*all_of_them[3:], *all_of_them[:3]]
+    with pytest.raises(ValueError, match="3 keys for 40 units that come in turn"):
+        site.train(config, plan=promise, keys=keys[:3])
+
+
+def test_a_sample_beyond_the_most_is_cut_down(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = site.config(**{"train.local_steps": 12, "train.batch_size": 8, "train.lr": 1e-3})
+    promise = plan(config, sampler="truncated_poisson", max_batch=9, steps=12, expected_batch=8, epsilon=200.0)
+    seen = _watch_draws(monkeypatch)
+    site.train(config, plan=promise)
+    sizes = [len(step) for step in seen]
+    assert max(sizes) == 9 and sizes.count(9) >= 2
+
+
+def test_correlated_noise_goes_on_from_round_to_round(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six empty steps in two rounds move the adapter by the rows of C^-1 z, each once, whatever process takes them."""
+    config = site.config(**{"train.local_steps": 3, "train.batch_size": 8, "train.lr": 1.0, "train.momentum": 0.0})
+    key, bands = bytes(range(32)), 4
+    nobody = Sample(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    monkeypatch.setattr(trainer, "draw", lambda *args, **settings: nobody)
+    values: dict[str, Any] = {"sampler": "cyclic", "bands": bands, "expected_batch": 8, "epsilon": 500.0, "clip": 0.5}
+    keys = [str(i).encode() for i in range(RECORDS)]
+    start = state = site.start(config)
+    for first in (0, 3):
+        promise = plan(config, **values, first_step=first)
+        state = site.train(config, start=state, plan=promise, keys=keys, noise=promise.correlated(key)).state
+    moved = np.concatenate([(state[name] - start[name]).ravel().astype(np.float64) for name in start])
+    source = CorrelatedNoise(key, bands)
+    like = torch.zeros(len(moved), dtype=torch.float64)
+    rows = sum(source.at(step).normal_like(like) for step in range(6))
+    assert isinstance(rows, torch.Tensor)
+    assert np.allclose(moved, -(rows * 1.0 * 0.5 / 8).numpy(), atol=2e-6)
+
+
+def test_a_bound_that_adapts_follows_the_norms_over_the_rounds(site: Site) -> None:
+    config = site.config(**{"train.local_steps": 20, "train.lr": 1e-4, "train.batch_size": 32})
+    start, clip = site.start(config), 1e-3
+    promise = plan(config, expected_batch=32, steps=20, epsilon=500.0, clip=clip, clip_quantile=0.5, clip_rate=0.5)
+    assert promise.gradient_noise > promise.noise_multiplier
+    bounds = []
+    for round in (1, 2, 3):
+        result = site.train(config, start=start, round=round, plan=promise, clip=clip)
+        assert result.clip is not None
+        clip = result.clip
+        bounds.append(clip)
+    norms = _norms(site, config, start)
+    assert bounds[0] > 5e-3
+    assert 0.25 < float((norms <= bounds[-1]).mean()) < 0.75
+    assert site.train(config, plan=plan(config)).clip is None
+
+
+def _norms(site: Site, config: RunConfig, start: AdapterState) -> np.ndarray:
+    model = site.model(config)
+    model.adapter.write(start)
+    trainables = list(model.adapter.trainables().values())
+    norms = []
+    for example in site.examples(model):
+        loss = model.task.losses(model.adapter.model, model.task.collate([example], model.base.processor))[0]
+        norms.append(math.sqrt(sum(float((g**2).sum()) for g in torch.autograd.grad(loss, trainables))))
+    return np.array(norms)
