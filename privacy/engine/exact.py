@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...core.errors import UserError
+from ...core.errors import UserError, one_line
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .ghost import LARGE, KeptMatrix
 from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
@@ -49,7 +49,9 @@ class ExactGradients(ClippedGradients):
         self._memory = memory
         self._batch: int | None = None
         self._inside = False
-        self._alone: set[str] = set()
+        #: Units that no rule fits, with the operation that has none: their examples pass one by one.
+        self.one_by_one: dict[str, str] = {}
+        self._compared: set[str] = set()
         self._patched: list[tuple[Any, str, Any]] = []
         self._verified = _verified.get(model) == tuple(self.trainables)
 
@@ -167,17 +169,34 @@ class ExactGradients(ClippedGradients):
                 records.append(tensor)
             self._inside = True
             try:
-                if unit.path not in self._alone:
+                if unit.path not in self.one_by_one:
                     try:
                         with Meeting(self._dense, self._waiting, batch, records):
                             return original(*args, **kwargs)
-                    except UnknownMeetingError:
-                        self._alone.add(unit.path)
-                return one_by_one(unit.module, original, self._dense, batch, args, kwargs)
+                    except UnknownMeetingError as error:
+                        self.one_by_one[unit.path] = str(error)
+                return self._one_by_one(unit, original, args, kwargs)
             finally:
                 self._inside = False
 
         return run
+
+    def _one_by_one(
+        self, unit: Unit, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        name = self._names[id(unit.parameters[0])]
+        try:
+            result = one_by_one(unit.module, original, self._dense, self._batch or 0, args, kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise refusal(name, f"its layer takes no single example: {one_line(error)[:120]}") from None
+        if unit.path not in self._compared and not any(module.training for module in unit.module.modules()):
+            with torch.no_grad():
+                together = original(*args, **kwargs)
+            for alone, whole in zip(_tensors([result]), _tensors([together]), strict=True):
+                if not float((alone - whole).norm()) <= WHOLE_TOLERANCE * float(whole.norm()):
+                    raise refusal(name, "its layer mixes the examples of a batch")
+            self._compared.add(unit.path)
+        return result
 
     def _prefix(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(at: torch.Tensor) -> Any:

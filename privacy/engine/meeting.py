@@ -8,6 +8,7 @@ computes from the records alone is left as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from string import ascii_letters
 from typing import Any
 
@@ -19,6 +20,10 @@ from torch.overrides import TorchFunctionMode
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import ConvolutionRows, EinsumRows, EmbeddingRows, LayerNormRows, LinearRows, ScaleRows, ShiftRows
+
+
+#: Operations that take no more than a kind or a place from their second operand.
+_OF_THE_FIRST = ("to", "type_as")
 
 
 class UnknownMeetingError(Exception):
@@ -34,6 +39,8 @@ class Meeting(TorchFunctionMode):
         self._known = {id(parameter): parameter for parameter in rows.parameters}
         # By identity; holding them keeps the identities theirs.
         self._data = {id(record): record for record in records}
+        # Made from trainables where no gradient is taken.
+        self._hidden: dict[int, torch.Tensor] = {}
         self._entries: set[object] = {record.grad_fn for record in records if record.grad_fn is not None}
         self._derived: dict[int, DerivedSlot] = {}
 
@@ -44,18 +51,18 @@ class Meeting(TorchFunctionMode):
         tensors = list(_tensors(args))
         if kwargs:
             tensors.extend(_tensors(kwargs.values()))
+        if not tensors:
+            return func(*args, **kwargs)
         data = self._data
-        if not any(id(tensor) in data for tensor in tensors):
-            if not tensors or not torch.is_grad_enabled():
-                return func(*args, **kwargs)
+        among = [tensor for tensor in tensors if id(tensor) in data]
+        if not torch.is_grad_enabled():
+            return self._in_the_dark(func, args, kwargs, tensors, bool(among))
+        if not among or (func.__name__ in _OF_THE_FIRST and id(tensors[0]) not in data):
             # What belongs to no example is kept by itself: checkpointing would make it again for each use.
             with saved_tensors_hooks(_as_it_is, _as_it_is):
                 return func(*args, **kwargs)
-        if torch.is_grad_enabled() and any(t.requires_grad and id(t) not in data for t in tensors):
-            rule = _RULES.get(func.__name__.strip("_")) if not _in_place(func) else None
-            if rule is None:
-                raise UnknownMeetingError(func.__name__)
-            result = rule(self, *args, **kwargs)
+        if any(t.requires_grad and id(t) not in data for t in tensors):
+            result = self._met(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
             if _in_place(func):
@@ -63,6 +70,31 @@ class Meeting(TorchFunctionMode):
         for tensor in _tensors((result,)):
             data[id(tensor)] = tensor
         return result
+
+    def _in_the_dark(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Any], data: bool
+    ) -> Any:
+        """An operation without gradient: constants, or the inside of somebody's own autograd function."""
+        hidden = any(self.trains(tensor) or id(tensor) in self._hidden for tensor in tensors)
+        if hidden and data:
+            raise UnknownMeetingError("an autograd function of its own")
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,)):
+            if data:
+                self._data[id(tensor)] = tensor
+            elif hidden:
+                self._hidden[id(tensor)] = tensor
+        return result
+
+    def _met(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+        rule = _RULES.get(func.__name__.strip("_")) if not _in_place(func) else None
+        if rule is None:
+            raise UnknownMeetingError(func.__name__)
+        try:
+            given = signature(rule).bind(self, *args, **kwargs)
+        except TypeError:
+            raise UnknownMeetingError(func.__name__) from None
+        return rule(*given.args, **given.kwargs)
 
     def is_data(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and id(value) in self._data
@@ -122,8 +154,8 @@ def _in_place(func: Callable[..., Any]) -> bool:
 # --- the operations ------------------------------------------------------------------------------------------------
 
 
-def _linear(meeting: Meeting, x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
-    x = meeting.record(x)
+def _linear(meeting: Meeting, input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+    x = meeting.record(input)
     if meeting.is_data(weight) or meeting.is_data(bias):
         raise UnknownMeetingError("linear")
     w, for_w = meeting.optional_slot(weight)
@@ -131,14 +163,13 @@ def _linear(meeting: Meeting, x: Any, weight: Any, bias: Any = None) -> torch.Te
     return LinearRows.apply(x, w, b, for_w, for_b)
 
 
-def _matmul(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
-    if meeting.trains(b) and b.dim() == 2:
-        w, slot = meeting.slot(b)
-        # The rows of b^T are those of b, turned.
-        return LinearRows.apply(meeting.record(a), turned(w), None, Turned(slot), None)
-    if meeting.trains(a) and a.dim() == 2 and meeting.record(b).dim() == 3:
-        w, slot = meeting.slot(a)
-        return LinearRows.apply(meeting.record(b).transpose(1, 2), w, None, slot, None).transpose(1, 2)
+def _matmul(meeting: Meeting, input: Any, other: Any) -> torch.Tensor:
+    if meeting.trains(other) and other.dim() == 2:
+        w, slot = meeting.slot(other)
+        return LinearRows.apply(meeting.record(input), turned(w), None, Turned(slot), None)
+    if meeting.trains(input) and input.dim() == 2 and meeting.record(other).dim() == 3:
+        w, slot = meeting.slot(input)
+        return LinearRows.apply(meeting.record(other).transpose(1, 2), w, None, slot, None).transpose(1, 2)
     raise UnknownMeetingError("matmul")
 
 
@@ -151,25 +182,25 @@ def _pair(meeting: Meeting, a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]
     return x, w
 
 
-def _mul(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
-    x, w = _pair(meeting, a, b)
+def _mul(meeting: Meeting, input: Any, other: Any) -> torch.Tensor:
+    x, w = _pair(meeting, input, other)
     w, slot = meeting.slot(w)
     return ScaleRows.apply(x, w, slot)
 
 
-def _add(meeting: Meeting, a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
-    x, w = _pair(meeting, a, b)
+def _add(meeting: Meeting, input: Any, other: Any, *, alpha: float = 1) -> torch.Tensor:
+    x, w = _pair(meeting, input, other)
     if alpha != 1:
         raise UnknownMeetingError("add")
     w, slot = meeting.slot(w)
     return ShiftRows.apply(x, w, slot)
 
 
-def _sub(meeting: Meeting, a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
-    x, w = _pair(meeting, a, b)
+def _sub(meeting: Meeting, input: Any, other: Any, *, alpha: float = 1) -> torch.Tensor:
+    x, w = _pair(meeting, input, other)
     if alpha != 1:
         raise UnknownMeetingError("sub")
-    if w is b:
+    if w is other:
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             w, slot = meeting.slot(-w)
         return ShiftRows.apply(x, w, slot)
@@ -177,9 +208,9 @@ def _sub(meeting: Meeting, a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
     return ShiftRows.apply(-x, w, slot)
 
 
-def _div(meeting: Meeting, a: Any, b: Any) -> torch.Tensor:
-    x, w = _pair(meeting, a, b)
-    if w is not b:
+def _div(meeting: Meeting, input: Any, other: Any) -> torch.Tensor:
+    x, w = _pair(meeting, input, other)
+    if w is not other:
         raise UnknownMeetingError("div")
     with saved_tensors_hooks(_as_it_is, _as_it_is):
         w, slot = meeting.slot(1 / w)
@@ -219,23 +250,23 @@ def _labels(equation: str, dims: Sequence[int]) -> tuple[str, str, str]:
 
 
 def _layer_norm(
-    meeting: Meeting, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    meeting: Meeting, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    x = meeting.record(x)
+    x = meeting.record(input)
     w, for_w = meeting.optional_slot(weight)
     b, for_b = meeting.optional_slot(bias)
     return LayerNormRows.apply(x, tuple(normalized_shape), w, b, eps, for_w, for_b)
 
 
-def _rms_norm(meeting: Meeting, x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
+def _rms_norm(meeting: Meeting, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
     w, slot = meeting.slot(weight)
-    plain = nn.functional.rms_norm(meeting.record(x), normalized_shape, None, eps)
+    plain = nn.functional.rms_norm(meeting.record(input), normalized_shape, None, eps)
     return ScaleRows.apply(plain, w, slot)
 
 
 def _embedding(
     meeting: Meeting,
-    at: Any,
+    input: Any,
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -243,15 +274,21 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> torch.Tensor:
-    if max_norm is not None or scale_grad_by_freq or sparse or not meeting.is_data(at) or len(at) != meeting.batch:
+    if (
+        max_norm is not None
+        or scale_grad_by_freq
+        or sparse
+        or not meeting.is_data(input)
+        or len(input) != meeting.batch
+    ):
         raise UnknownMeetingError("embedding")
     w, slot = meeting.slot(weight)
-    return EmbeddingRows.apply(at, w, None if padding_idx is None else padding_idx % len(weight), slot)
+    return EmbeddingRows.apply(input, w, None if padding_idx is None else padding_idx % len(weight), slot)
 
 
 def _conv2d(
     meeting: Meeting,
-    x: Any,
+    input: Any,
     weight: Any,
     bias: Any = None,
     stride: Any = 1,
@@ -259,7 +296,7 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    x = meeting.record(x)
+    x = meeting.record(input)
     if isinstance(padding, str) or x.dim() != 4:
         raise UnknownMeetingError("conv2d")
     w, for_w = meeting.optional_slot(weight)

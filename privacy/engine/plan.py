@@ -118,7 +118,7 @@ def _virtual_tokens(model: nn.Module) -> tuple[str, nn.Module, str] | None:
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return None
     kind = model.active_peft_config.peft_type
-    if kind == PeftType.PREFIX_TUNING:
+    if kind in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
         return f"prompt_encoder.{model.active_adapter}", model.prompt_encoder[model.active_adapter], "prefix"
     if kind in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
         return "", model, "prompt"
