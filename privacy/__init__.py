@@ -1,7 +1,9 @@
-"""Differential privacy at a site: the plan, the accountant, the ledger, exact clipping, noise."""
+"""Differential privacy at a site and at the server: plans, the accountant, the ledger, exact clipping, noise.
+
+Imported here is only what needs no model library: strategies, which know none, use it too.
+"""
 
 from .accounting import Event, calibrate_noise, epsilon
 from .ledger import Ledger
-from .plan import PrivacyPlan
 
-__all__ = ["Event", "Ledger", "PrivacyPlan", "calibrate_noise", "epsilon"]
+__all__ = ["Event", "Ledger", "calibrate_noise", "epsilon"]
