@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .client.policy_commands import app as policy
 from .core.errors import UserError
 from .privacy.commands import app as privacy
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(privacy, name="privacy")
+app.add_typer(policy, name="policy")
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,20 +35,22 @@ from ..core.wire import (
 )
 from ..privacy.accounting import Event
 from ..privacy.clipping import require_exact
+from ..privacy.correlated import CorrelatedNoise, seeded_key_not_private, site_key
 from ..privacy.ledger import Ledger, Limit, OverspentError, Part, Reservation
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan, statement
 from ..privacy.release import noised, release_event
-from ..strategies import create_aggregator
 from .auditlog import AuditLog
 from .data import SiteData, load_site
 from .evaluation import evaluate
 from .gate import left, require_allowed, require_refusal
+from .job import own_version, shared_tensors
 from .policy import Dataset, NoPolicyError, Policy, PolicyError, load_policy
 from .resident import Resident, resident
 from .trainer import train
 
 log = logging.getLogger("fedgraft.site")
+_NOISES = 8
 
 
 class _StateNotHeldError(UserError):
@@ -106,6 +109,7 @@ class _Prepared:
     train: list[Example]
     held_out: list[Example]
     groups: list[np.ndarray]
+    keys: list[bytes]
     held_out_groups: list[np.ndarray]
     ledger: Ledger
     split: str
@@ -120,6 +124,8 @@ class SiteClient:
         self._watch = watch
         self._configs: OrderedDict[str, tuple[RunConfig, str]] = OrderedDict()
         self._prepared: dict[tuple[str, ...], _Prepared] = {}
+        # Correlated noise goes on from round to round; its last rows are kept, or would have to be drawn anew.
+        self._noise: OrderedDict[tuple[str, ...], CorrelatedNoise] = OrderedDict()
         # Decisions that are in the audit log already: the policy and the job have not changed since.
         self._admitted: set[tuple[str, ...]] = set()
         # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
@@ -166,7 +172,7 @@ class SiteClient:
         answer = handler(job, config, here, content)
         spec = None
         if visit.kind == "train":
-            own = resident(_own_version(config, site)).adapter.spec
+            own = resident(own_version(config, site)).adapter.spec
             spec = agree(decode_table(content, "the server"), own, "the server")
         require_allowed(
             visit.kind, answer, config=config, policy=policy, dataset=dataset, fingerprint=job.fingerprint, spec=spec
@@ -202,7 +208,7 @@ class SiteClient:
         if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             plan = self._plan(job, config, prepared)
-            self._require_room(prepared, plan.event(plan.steps), "train")
+            self._require_room(prepared, plan.events(plan.first_step, plan.steps), "train")
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
             if config.evaluation_release == "noised":
                 self._require_room(prepared, self._release_event(job, config, prepared), "held-out")
@@ -226,13 +232,15 @@ class SiteClient:
         prepared, model = self._site(job, config, here)
         state = self._with_local(self._receive(content, here.context, model), here.context)
         here.policy.require_tensors(state.spec.select("share"))
-        plan = promise = reserved = None
+        plan = promise = reserved = noise = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            noise = self._correlated_noise(job, config, here, plan)
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
-            reserved = self._reserve(job, config, prepared, plan.event(config.train.local_steps), "train")
+            reserved = self._reserve_training(job, config, prepared, plan)
             promise = self._promise(config, prepared)
+        kept = here.context.state.config_records.get("clip", ConfigRecord())
         taken = 0
 
         def on_step(step: int, loss: float | None) -> None:
@@ -250,6 +258,9 @@ class SiteClient:
                 site=here.site,
                 round=job.round,
                 plan=plan,
+                keys=prepared.keys,
+                clip=float(kept["clip"]) if kept.get("run") == job.run else None,  # type: ignore[arg-type]
+                noise=noise,
                 on_step=on_step,
             )
         except BaseException:
@@ -261,6 +272,8 @@ class SiteClient:
         if reserved is not None:
             prepared.ledger.settle(reserved, reserved.steps, "released")
             promise = self._promise(config, prepared)
+        if result.clip is not None:
+            here.context.state["clip"] = ConfigRecord({"run": job.run, "clip": result.clip})
         self._keep_local(result.state, here.context)
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
@@ -309,7 +322,13 @@ class SiteClient:
             raise UserError(f'the evaluation: {error}; or say evaluate.release = "none"') from None
 
     def _reserve(
-        self, job: Job, config: RunConfig, prepared: _Prepared, events: Event | tuple[Event, ...], part: Part
+        self,
+        job: Job,
+        config: RunConfig,
+        prepared: _Prepared,
+        events: Event | tuple[Event, ...],
+        part: Part,
+        steps: int | None = None,
     ) -> Reservation:
         """Set budget aside for ``events``, within what the job and the site's policy allow."""
         privacy = config.privacy
@@ -319,10 +338,42 @@ class SiteClient:
             split=prepared.split,
             limits=(_own_limit(config), *prepared.limits),
             private_noise=not privacy.seeded_noise_not_private,
+            steps=steps,
             run=job.run,
             round=job.round,
             delta=privacy.delta,
         )
+
+    def _reserve_training(self, job: Job, config: RunConfig, prepared: _Prepared, plan: PrivacyPlan) -> Reservation:
+        """Set a round's budget aside. Raises :class:`UserError` when another process is at work on the same run."""
+        steps = config.train.local_steps
+        events = plan.events(plan.first_step, steps)
+        # Steps in turn share what they cost; only steps that cost their own can be given back.
+        own = len(events) == 1 and plan.slots == 1
+        reserved = self._reserve(job, config, prepared, events[0] if own else events, "train", steps)
+        if reserved.first_step != plan.first_step:
+            raise UserError("another process of this site trains the same run; end one of them")
+        return reserved
+
+    def _correlated_noise(self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan) -> CorrelatedNoise | None:
+        """The run's noise, where it is correlated: it goes on from round to round, also in another process."""
+        if plan.bands == 1:
+            return None
+        # The server chose the run's name, so no path is made of it.
+        name = hashlib.sha256(job.run.encode()).hexdigest()[:16]
+        place = (str(here.folder), here.site, name)
+        if plan.first_step == 0 or place not in self._noise:
+            if config.privacy.seeded_noise_not_private:
+                key = seeded_key_not_private(config.seed, here.site, job.run)
+            elif here.folder is None:
+                raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
+            else:
+                path = here.folder / "noise" / f"{name}.json"
+                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step)
+            self._noise[place] = plan.correlated(key)
+            while len(self._noise) > _NOISES:
+                self._noise.popitem(last=False)
+        return self._noise[place]
 
     def _require_room(self, prepared: _Prepared, events: Event | tuple[Event, ...], part: Part) -> None:
         """Raise, with nothing spent, unless the site's policy leaves room for ``events``."""
@@ -338,6 +389,7 @@ class SiteClient:
         told = statement(config, trained) if trained else PrivacyStatement(enabled=True, unit=config.privacy.unit)
         return replace(
             told,
+            steps=ledger.steps_spent("train", prepared.split),
             # Held-out people may have paid more for the evaluations than the others for the training.
             epsilon=ledger.total(limit.delta, prepared.split, neighbours=limit.neighbours, accountant=limit.accountant),
             delta=limit.delta,
@@ -358,7 +410,7 @@ class SiteClient:
 
     def _site(self, job: Job, config: RunConfig, here: _Here) -> tuple[_Prepared, Resident]:
         site, policy, dataset = here.site, here.policy, here.dataset
-        model = resident(_own_version(config, site))
+        model = resident(own_version(config, site))
         if model.base.fingerprint != job.fingerprint:
             raise UserError(
                 f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
@@ -368,16 +420,18 @@ class SiteClient:
         # One process may serve runs that differ in nothing but where the site's data and ledger lie.
         key = (job.config, site, str(here.folder), dataset.name, str(place))
         if key not in self._prepared:
-            policy.require_tensors(_shared(config, model))
+            policy.require_tensors(shared_tensors(config, model))
             data = self._surroundings.data(config, site, place, here.context)
             task, processor = model.task, model.base.processor
             by_patient = config.privacy.enabled and config.privacy.unit == "patient"
             if by_patient and data.train.patients is None:
                 raise UserError(f"site {site}: the privacy unit is the patient, but its records name none")
+            groups, keys = data.train.units(by_patient=by_patient)
             self._prepared[key] = _Prepared(
                 train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
-                groups=data.train.units(by_patient=by_patient)[0],
+                groups=groups,
+                keys=keys,
                 held_out_groups=data.held_out.units(by_patient=by_patient)[0],
                 ledger=Ledger(
                     here.folder / "ledgers" if here.folder else None,
@@ -395,7 +449,8 @@ class SiteClient:
         remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
         spent = prepared.ledger.spent("train", prepared.split)
         try:
-            return PrivacyPlan.for_run(config, len(prepared.groups), remaining, spent)
+            first = prepared.ledger.steps_reserved(job.run)
+            return PrivacyPlan.for_run(config, len(prepared.groups), remaining, spent, first)
         except UserError as error:
             if not spent or job.round < 2:
                 raise
@@ -440,15 +495,6 @@ class SiteClient:
             context.state["local"] = ArrayRecord({name: Array(np.array(state[name])) for name in names})
 
 
-def _own_version(config: RunConfig, site: str) -> RunConfig:
-    """The configuration with what is written for this site alone."""
-    own = next((entry for entry in config.data.sites if entry.name == site), None)
-    if own is None or not (own.model or own.rank):
-        return config
-    method = config.method.model_copy(update={"rank": own.rank or config.method.rank})
-    return config.model_copy(update={"model": own.model or config.model, "method": method})
-
-
 def _sendable(error: Exception, folder: Path | None) -> Exception:
     """``error`` as others may hear it: where a file lies at the site is the site's own affair."""
     if isinstance(error, NoPolicyError):
@@ -456,15 +502,6 @@ def _sendable(error: Exception, folder: Path | None) -> Exception:
     if isinstance(error, PrivateError) or not isinstance(error, UserError) or folder is None:
         return error
     return UserError(str(error).replace(f"{folder}/", ""))
-
-
-def _shared(config: RunConfig, model: Resident) -> tuple[str, ...]:
-    """The tensors that a job would have leave, as far as this site knows its strategy; else all."""
-    try:
-        aggregator = create_aggregator(config.strategy, config.strategy_options)
-        return aggregator.prepare(model.adapter.read()).spec.select("share")
-    except UserError:
-        return model.adapter.spec.names
 
 
 def _own_limit(config: RunConfig) -> Limit:

@@ -75,11 +75,15 @@ class OverspentError(UserError):
 
 @dataclass(frozen=True)
 class Reservation:
-    """Budget set aside: what :meth:`Ledger.settle` takes. ``line``: the hash of its line."""
+    """Budget set aside: what :meth:`Ledger.settle` takes.
+
+    ``line``: the hash of its line; ``first_step``: training steps that its run had reserved before it.
+    """
 
     id: str
     steps: int
     line: str
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,11 @@ class Ledger:
 
     def steps_reserved(self, run: str) -> int:
         """Training steps ever reserved in ``run``, whatever became of them."""
-        return sum(e.steps for e in self.entries() if e.about.get("run") == run and e.part == "train")
+        return _steps_reserved(self.entries(), run)
+
+    def steps_spent(self, part: str, split: str) -> int:
+        """Steps that :meth:`spent` stands for: those taken, and those of which nobody said."""
+        return sum(e.steps if e.taken is None else e.taken for e in _paid(self.entries(), part, split))
 
     @property
     def head(self) -> str:
@@ -248,7 +256,8 @@ class Ledger:
             }
             spent = self._spendable(now)
             self._require_room([*spent, _entry(self.path, 0, values)], split, limits, now)
-            return Reservation(str(values["id"]), int(values["steps"]), self._append(values))
+            before = _steps_reserved(spent, about.get("run"))
+            return Reservation(str(values["id"]), int(values["steps"]), self._append(values), before)
 
     def require_room(
         self, events: Event | tuple[Event, ...], *, part: Part = "train", split: str = "", limits: Sequence[Limit] = ()
@@ -429,6 +438,10 @@ def _settled(entry: Entry, line: _Line) -> Entry:
     if type(steps) is not int or not 0 <= steps <= entry.steps or outcome not in ("released", "failed"):
         raise ValueError("not a settlement")
     return replace(entry, taken=steps, outcome=outcome)
+
+
+def _steps_reserved(entries: Iterable[Entry], run: object) -> int:
+    return sum(entry.steps for entry in entries if entry.about.get("run") == run and entry.part == "train")
 
 
 def _events(entries: Iterable[Entry]) -> tuple[Event, ...]:
