@@ -20,9 +20,15 @@ _MOST_RECORDS_A_PATIENT = 8
 _LABELS = ("a", "b", "c")
 
 
-def synthetic_records(config: RunConfig, count: int) -> Records:
-    """``count`` random records that the task and the model of ``config`` can read, of patients with 1 to 8 each."""
+def synthetic_records(config: RunConfig, units: int) -> Records:
+    """Random records that the task and the model of ``config`` can read, of ``units`` privacy units; a patient has 1
+    to 8."""
     random = np.random.default_rng()
+    by_patient = config.privacy.unit == "patient"
+    sizes = (
+        random.integers(1, _MOST_RECORDS_A_PATIENT + 1, size=units) if by_patient else np.ones(units, dtype=np.int64)
+    )
+    count = int(sizes.sum())
     model = resident(config)
     labels = random.integers(len(config.task.labels), size=count) if model.task.labelled else None
     if model.task.input_kind == "image":
@@ -31,10 +37,8 @@ def synthetic_records(config: RunConfig, count: int) -> Records:
         ]
     else:
         inputs = _texts(model.base.processor, config.task.max_length, count, random)
-    patients: list[str] = []
-    while len(patients) < count:
-        patients += [f"canary-{len(patients)}"] * int(random.integers(1, _MOST_RECORDS_A_PATIENT + 1))
-    return Records(inputs, labels, patients[:count])
+    patients = [f"canary-{unit}" for unit in np.repeat(np.arange(units), sizes)]
+    return Records(inputs, labels, patients)
 
 
 def _texts(tokenizer: Any, longest: int, count: int, random: np.random.Generator) -> list[str]:

@@ -17,6 +17,7 @@ from ...privacy.audit.exactness import TOLERANCES, Case, clipped_sum, exactness
 from ...privacy.audit.lower_bound import lower_bound, scores
 from ...privacy.audit.noise import ALPHA, Run, noise
 from ...privacy.audit.sensitivity import SLACK, Neighbours, sensitivity
+from ...privacy.correlated import square_root_bands
 from ...privacy.plan import PrivacyPlan
 from .faults import HONEST, Fault
 from .subject import Subject
@@ -29,6 +30,7 @@ _FEW = 4
 _MANY = 50
 #: Units that a watched step samples on average, where the excerpt has enough.
 _SAMPLED = 8
+_MOST_WATCHED = 64
 #: The guesser does best where the noise of all steps it sees together is about this much of a unit's gradient.
 _GUESSABLE = 1 / 1.5
 _MOST_GUESSED_STEPS = 4
@@ -135,9 +137,11 @@ class Audit:
     def noise(self) -> Verdict:
         """Trainings with all the noise of the plan: the site, the same site again, another site, one without data."""
         subject = self.subject
-        rate = subject.plan.sampling_rate
-        count = min(len(subject.groups), max(16, math.ceil(_SAMPLED / rate)), 8 * _SAMPLED)
+        plan = subject.plan
+        count = min(len(subject.groups), max(16, math.ceil(_SAMPLED / plan.sampling_rate)), _MOST_WATCHED)
         groups = subject.groups[:count]
+        # Only where every unit has the same chance at every step is it known how many a step should draw.
+        counted = plan.slots == 1 and not 0 < plan.max_batch < count
         runs = []
         for name, site, own in (
             (subject.site, subject.site, groups),
@@ -145,14 +149,15 @@ class Audit:
             ("another site", f"{subject.site}-other", groups),
             ("empty batches", subject.site, []),
         ):
-            seen = self._train(own, subject.plan, site=site, steps=self.steps, real=True)
-            z = [
+            seen = self._train(own, plan, site=site, steps=self.steps, real=True, keys=subject.keys[: len(own)])
+            rows = [
                 (step.released - clipped_sum(subject.reference.units(step.records, subject.owner), step.clip))
-                / (subject.plan.gradient_noise * step.clip)
+                / (plan.gradient_noise * step.clip)
                 for step in seen
             ]
-            drawn = tuple(len(set(subject.owner[list(step.records)].tolist())) for step in seen if own)
-            runs.append(Run(name, torch.stack(z) if z else torch.zeros(0, subject.reference.size), drawn, count, rate))
+            z = torch.stack(rows) if rows else torch.zeros(0, subject.reference.size)
+            drawn = [len(set(subject.owner[list(step.records)].tolist())) for step in seen if own and counted]
+            runs.append(Run(name, independent(z, plan.bands), tuple(drawn), count, plan.rate_within_slot))
         return noise(runs, subject.reference.tensors, alpha=self.alpha, steps=self.steps)
 
     def lower_bound(self) -> Verdict:
@@ -202,6 +207,7 @@ class Audit:
         micro: int = 0,
         silent: bool = False,
         real: bool = False,
+        keys: Sequence[bytes] = (),
     ) -> list[Step]:
         """Watch the trainer; ``real``: under the plan of the whole site, which a fault may tamper with."""
         subject, fault = self.subject, self.fault
@@ -214,10 +220,20 @@ class Audit:
             config,
             fault.plan(plan) if real else plan,
             site=site or subject.site,
+            keys=keys,
             claimed=plan,
             silent=silent,
             create=fault.engine(config, subject.resident),
         )
+
+
+def independent(rows: torch.Tensor, bands: int) -> torch.Tensor:
+    """What correlated noise was made of: C times its rows (K, P), the first of which is a run's first."""
+    column = square_root_bands(bands)
+    return sum(
+        (float(weight) * torch.cat([torch.zeros_like(rows[:back]), rows[: len(rows) - back]]))
+        for back, weight in enumerate(column[: len(rows)])
+    )  # type: ignore[return-value]
 
 
 def _with_train(config: RunConfig, **changes: int) -> RunConfig:

@@ -13,7 +13,6 @@ from ...core.errors import UserError
 from ...core.tasks import Example
 from ...privacy.clipping import require_exact
 from ...privacy.plan import PrivacyPlan
-from ...privacy.sampling import group_by_unit
 from ...strategies import create_aggregator
 from ..data import Records
 from ..resident import Resident, resident
@@ -30,7 +29,7 @@ class Subject:
     """One site under audit.
 
     ``plan``: what the site's whole data are promised; ``examples`` and ``groups``: the excerpt, encoded, and the
-    records of each of its units; ``state``: the adapter at which everything is looked at.
+    records and the key of each of its units; ``state``: the adapter at which everything is looked at.
     """
 
     site: str
@@ -40,6 +39,7 @@ class Subject:
     state: AdapterState
     examples: Sequence[Example]
     groups: Sequence[np.ndarray]
+    keys: Sequence[bytes]
     records: int
     reference: Reference = field(repr=False)
 
@@ -67,7 +67,7 @@ def subject(config: RunConfig, site: str, records: Records, *, units: int) -> Su
     by_patient = config.privacy.unit == "patient"
     if by_patient and records.patients is None:
         raise UserError(f"site {site}: the privacy unit is the patient, but its records name none")
-    everybody = group_by_unit(records.patients if by_patient else None, len(records))
+    everybody, keys = records.units(by_patient=by_patient)
     plan = PrivacyPlan.for_run(config, len(everybody), config.total_steps)
     model = resident(config)
     fresh = model.adapter.load_peft(config.start_from) if config.start_from else model.adapter.read()
@@ -99,6 +99,7 @@ def subject(config: RunConfig, site: str, records: Records, *, units: int) -> Su
         state=shaken,
         examples=examples,
         groups=np.split(np.arange(len(picked)), ends[:-1]),
+        keys=[keys[unit] for unit in chosen],
         records=len(records),
         reference=Reference(model, shaken, examples, watched),
     )

@@ -6,6 +6,7 @@ PyTorch's optimizer takes it up, so that whatever the trainer does wrong in betw
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -21,6 +22,7 @@ from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.tasks import Batch, Example, Task
 from ...privacy.clipping import Noise, create_engine
+from ...privacy.correlated import CorrelatedNoise, seeded_key_not_private
 from ...privacy.plan import PrivacyPlan
 from ..resident import Resident
 from ..trainer import EngineFactory, train
@@ -152,6 +154,7 @@ def watch(
     plan: PrivacyPlan,
     *,
     site: str,
+    keys: Sequence[bytes] = (),
     claimed: PrivacyPlan | None = None,
     silent: bool = False,
     create: EngineFactory = create_engine,
@@ -159,8 +162,9 @@ def watch(
     """Train as a site does, for ``train.local_steps`` steps, and return what was seen of each.
 
     The learning rate is set so small that no number of the model moves: what an optimizer makes of a release is
-    post-processing. ``claimed``: the plan that the release is measured by, where another is trained with; ``silent``:
-    without noise; ``create``: makes the engine, for the faults of the self-test.
+    post-processing. ``keys``: a key of each unit, where they come in turn; ``claimed``: the plan that the release is
+    measured by, where another is trained with; ``silent``: without noise; ``create``: makes the engine, for the faults
+    of the self-test.
     """
     claimed = claimed or plan
     adapter = resident.adapter
@@ -185,8 +189,18 @@ def watch(
             site=site,
             round=1,
             plan=plan,
+            keys=keys,
+            noise=_correlated(plan, config, site),
             create=engine,
         )
     finally:
         hook.remove()
     return notes.steps
+
+
+def _correlated(plan: PrivacyPlan, config: RunConfig, site: str) -> CorrelatedNoise | None:
+    """The noise of a run of its own, where the plan's is correlated."""
+    if plan.bands == 1:
+        return None
+    seeded = plan.seeded_noise_not_private
+    return plan.correlated(seeded_key_not_private(config.seed, site) if seeded else os.urandom(32))

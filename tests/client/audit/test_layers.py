@@ -6,6 +6,7 @@ chance once in a hundred thousand times; the bugs lie many orders of magnitude b
 
 from __future__ import annotations
 
+import hmac
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from fedgraft.client.audit.canaries import canary_config, synthetic_records
 from fedgraft.client.audit.faults import FAULTS
-from fedgraft.client.audit.layers import LAYERS, Audit
+from fedgraft.client.audit.layers import LAYERS, Audit, independent
 from fedgraft.client.audit.selftest import applicable, self_test
 from fedgraft.client.audit.subject import Subject, subject
 from fedgraft.client.audit.watching import watch
@@ -23,6 +24,8 @@ from fedgraft.client.resident import resident
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.audit.exactness import clipped_sum
+from fedgraft.privacy.correlated import CorrelatedNoise
+from fedgraft.privacy.noise import RandomStream
 
 RARE = 1e-6
 
@@ -41,7 +44,7 @@ def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def canaries(plan: RunConfig) -> Records:
-    return synthetic_records(plan, 900)
+    return synthetic_records(plan, 200)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +113,44 @@ def test_a_plan_of_single_records_passes_too(plan: RunConfig, canaries: Records,
     }
 
 
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"clip_quantile": 0.5},
+        {"sampler": "truncated_poisson", "max_batch": 20},
+        {"sampler": "cyclic"},
+        {"bands": 4},
+        {"sampler": "cyclic", "bands": 3, "neighbours": "replace_one"},
+        {"engine": "opacus"},
+    ],
+    ids=lambda keys: " ".join(map(str, keys.values())),
+)
+def test_every_kind_of_plan_passes_and_half_its_noise_does_not(
+    plan: RunConfig, canaries: Records, privacy: dict[str, Any]
+) -> None:
+    one = subject(changed(plan, privacy=privacy), "canary", canaries, units=64)
+    verdicts = Audit(one, steps=4, alpha=RARE).run(LAYERS[:3])
+    assert all(verdict.good for verdict in verdicts), [verdict.findings for verdict in verdicts]
+    (half,) = [fault for fault in FAULTS if fault.name == "half noise"]
+    verdict = Audit(one, steps=4, fault=half).noise()
+    assert verdict.statistics["variance"] == pytest.approx(0.25, rel=0.1), (
+        "of the plan's, also where noise is correlated"
+    )
+    assert not verdict.good
+
+
+def test_correlated_noise_is_undone_into_what_it_was_made_of() -> None:
+    key, bands, size = bytes(range(32)), 3, 7
+    source = CorrelatedNoise(key, bands)
+    rows = torch.stack([source.at(step).normal_like(torch.zeros(size, dtype=torch.float64)) for step in range(6)])
+    plain = [RandomStream(hmac.digest(key, f"noise of step {t}".encode(), "sha256")).normal(size) for t in range(6)]
+    assert np.allclose(independent(rows, bands).numpy(), plain, atol=1e-12)
+    assert torch.equal(independent(rows, 1), rows)
+
+
 def test_patients_of_one_to_fifty_records_keep_the_bound_until_the_cap_is_removed(plan: RunConfig) -> None:
-    records = synthetic_records(plan, 1 + 3 + 50 + 7 + 20 + 12)
     sizes = (1, 3, 50, 7, 20, 12)
+    records = synthetic_records(changed(plan, privacy={"unit": "record", "records_per_patient": 1}), sum(sizes))
     owners = [f"patient-{number}" for number, size in enumerate(sizes) for _ in range(size)]
     config = changed(plan, privacy={"records_per_patient": 5}, train={"batch_size": 2})
     one = subject(config, "canary", Records(records.inputs, records.labels, owners), units=len(sizes))
