@@ -83,6 +83,9 @@ class Journal:
                 line = _line(entry, last)
                 os.ftruncate(file, end)
                 _write(file, end, line)
+                if end == 0:
+                    # Whoever made these folders may have died before they were on the disk.
+                    _sync(self.path.parent, self.path.parent.parent)
         except OSError as error:
             raise self.cannot_write(error) from None
         return json.loads(line)
@@ -131,14 +134,18 @@ def locked(path: Path) -> Iterator[int]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
-        for folder in changed:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        _sync(*changed)
     finally:
         os.close(file)
+
+
+def _sync(*folders: Path) -> None:
+    for folder in folders:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _line(entry: Mapping[str, Any], before: str) -> bytes:
