@@ -66,8 +66,8 @@ def next_clip(clip: float, within: float, quantile: float, rate: float) -> float
 class CentralPlan:
     """What the server promises each site for the rounds to come, and what it has already spent.
 
-    ``sites``: all sites of the run, answering or not; ``rounds``: rounds still to run; ``spent``: every round so
-    far. With ``clip_quantile`` above 0 the clip adapts, and ``clip`` is the first one.
+    ``sites``: all sites of the run, answering or not; ``rounds``: rounds still to run, 0 at the end; ``spent``: every
+    round so far. With ``clip_quantile`` above 0 the clip adapts, and ``clip`` is the first one.
 
     Guarantee
     ---------
@@ -131,8 +131,7 @@ class CentralPlan:
     @property
     def final_epsilon(self) -> float:
         """Epsilon once all planned rounds are over."""
-        rounds = Event(self.noise_multiplier, self.sampling_rate, self.rounds)
-        return epsilon((*self.spent, rounds), self.delta)
+        return epsilon(_all(self.spent, self.noise_multiplier, self.sampling_rate, self.rounds), self.delta)
 
     @property
     def count_noise(self) -> float:
@@ -167,8 +166,10 @@ class CentralPlan:
         _check(sites, rate, rounds, central.delta)
         noise = central.noise_multiplier
         if not noise and spent and spent[-1].sampling_rate == rate:
-            again = (*spent, Event(spent[-1].noise_multiplier, rate, rounds))
-            noise = spent[-1].noise_multiplier if epsilon(again, central.delta) <= central.epsilon else 0.0
+            noise = spent[-1].noise_multiplier
+            # With no round to come there is nothing left to choose.
+            if rounds and epsilon(_all(spent, noise, rate, rounds), central.delta) > central.epsilon:
+                noise = 0.0
         return cls(
             sites=sites,
             sampling_rate=rate,
@@ -251,6 +252,11 @@ class ClippedSum:
         return next_clip(self.clip, within, self.plan.clip_quantile, self.plan.clip_rate)
 
 
+def _all(spent: tuple[Event, ...], noise: float, rate: float, rounds: int) -> tuple[Event, ...]:
+    """What was spent, and ``rounds`` more."""
+    return (*spent, Event(noise, rate, rounds)) if rounds else spent
+
+
 def _calibrated(target: float, delta: float, rate: float, rounds: int, spent: tuple[Event, ...]) -> float:
     try:
         return calibrate_noise(target, delta, rate, rounds, spent)
@@ -268,8 +274,8 @@ def _check(sites: int, rate: float, rounds: int, delta: float) -> None:
         raise UserError("central privacy needs at least one site")
     if not 0 < rate <= 1:
         raise UserError(f"central.sampling_rate is {rate:g}; it must be above 0 and at most 1")
-    if rounds < 1:
-        raise UserError("a central privacy plan needs at least one round")
+    if rounds < 0:
+        raise UserError(f"a central privacy plan of {rounds} rounds: there are none to come, or some")
     if not delta > 0:
         raise UserError(f"central.delta is {delta:g}; it must be above 0")
     if delta >= 1 / sites:

@@ -77,10 +77,17 @@ class CentralPrivacy(Aggregator):
         return self.inner.for_site(state, site)
 
     def replan(self) -> CentralPlan:
-        """The plan for the rounds that remain after all that was spent; the last one when none remain."""
-        left = self.config.rounds - self.completed
-        if left > 0:
+        """The plan for the rounds that remain after all that was spent.
+
+        Raises :class:`UserError` when there is none.
+        """
+        left = max(0, self.config.rounds - self.completed)
+        try:
             self.plan = CentralPlan.for_run(self.config, left, self._ledger.events())
+        except UserError as error:
+            if not self.completed:
+                raise
+            raise UserError(f"{error}; or end the run as it is: --resume with --set rounds={self.completed}") from None
         return self.plan
 
     def start_round(self, state: AdapterState) -> None:

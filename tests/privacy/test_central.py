@@ -282,6 +282,12 @@ def test_what_was_lost_is_paid_for_by_more_noise_in_the_rounds_that_remain() -> 
     assert epsilon((*again.spent, *[again.event] * 5), 1e-3) <= 8.0
 
 
+def test_at_the_end_a_plan_says_what_the_last_round_took() -> None:
+    over = CentralPlan.for_run(config(rounds=2), 0, (Event(2.0, 1.0, 1), Event(3.0, 1.0, 1)))
+    assert (over.noise_multiplier, over.rounds) == (3.0, 0)
+    assert over.final_epsilon == epsilon(over.spent, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -309,7 +315,7 @@ def test_a_plan_that_cannot_be_kept_does_not_construct(changes: dict[str, Any], 
         ({"sites": 0}, "at least one site"),
         ({"sampling_rate": 0.0}, r"central\.sampling_rate is 0"),
         ({"sampling_rate": 1.1}, r"central\.sampling_rate is 1\.1"),
-        ({"rounds": 0}, "at least one round"),
+        ({"rounds": -1}, "a central privacy plan of -1 rounds"),
         ({"delta": 0.0}, r"central\.delta is 0"),
         ({"clip": 0.0}, r"central\.clip is 0"),
         ({"clip": math.inf}, r"central\.clip is inf"),

@@ -242,12 +242,17 @@ def test_a_run_without_its_ledger_is_not_resumed(
         tiny_federation.resume(config, folder)
 
 
-def test_a_run_that_spent_its_budget_is_not_extended(tiny_federation: Any, seeded: Any, tmp_path: Path) -> None:
+def test_a_run_that_spent_its_budget_is_not_extended_and_can_be_ended(tiny_federation: Any, tmp_path: Path) -> None:
     folder, config = tmp_path / "run", tiny_federation.config(**ON, rounds=1)
-    tiny_federation.run(config, folder)
-    with pytest.raises(UserError, match=r"central\.epsilon 8 at central\.delta 0\.001 cannot be reached in 9 rounds"):
+    first = tiny_federation.run(config, folder)
+    with pytest.raises(UserError) as caught:
         tiny_federation.resume(config, folder, rounds=10)
+    said = str(caught.value)
+    assert said.startswith("central.epsilon 8 at central.delta 0.001 cannot be reached in 9 rounds at sampling rate 1 ")
+    assert said.endswith("; or end the run as it is: --resume with --set rounds=1")
     assert len(spent(folder)) == 1
+    again = tiny_federation.resume(config, folder, rounds=1)
+    assert (again["digest"], again["central"]) == (first["digest"], first["central"])
 
 
 # Whom it asks
