@@ -198,7 +198,7 @@ class Ledger:
         """The hash of the last line of the file of these data; of the last written one, where they have none yet."""
         lines = self._lines()
         own = [line for line in lines if line.path == self.path]
-        last = own[-1] if own else max(lines, key=lambda line: str(line.values["time"]), default=None)
+        last = own[-1] if own else max(reversed(lines), key=lambda line: str(line.values["time"]), default=None)
         return str(last.values.get("sha256", "")) if last is not None else ""
 
     # Spending
