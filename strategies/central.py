@@ -38,10 +38,10 @@ class CentralPrivacy(Aggregator):
 
     Guarantee
     ---------
-    That of :class:`~fedgraft.privacy.central.CentralPlan`, for every ``inner``: each asked site enters the sum at most
-    once a round, ``inner`` sees no update, weight, metric or name of a site, and whatever it computes and remembers is
-    computed from noised means. Non-shared tensors never enter. A site that does not answer, or whose numbers are not
-    finite, adds zero. Trusted: the server.
+    That of :class:`~fedgraft.privacy.central.CentralPlan`, for every ``inner`` whose ``for_site`` keeps no record of
+    whom it was called for: each asked site enters the sum at most once a round, ``inner`` is told no update, weight or
+    metric of a site, and what it computes and remembers is computed from noised means. Non-shared tensors never enter.
+    A site that does not answer, or whose numbers are not finite, adds zero. Trusted: the server.
     """
 
     capabilities = Capabilities(needs_individual=True)
