@@ -582,5 +582,6 @@ def _own_data(config: RunConfig, site: str, path: Path, context: Context) -> Sit
     return load_site(config, site, str(path))
 
 
-#: The ClientApp of a real site: its name, folder, policy and data come from its own node configuration.
-app = make_client_app(Surroundings(own_name, _own_folder, _own_policy, _own_data))
+#: A real site: its name, folder, policy and data come from its own node configuration.
+DEPLOYED = Surroundings(own_name, _own_folder, _own_policy, _own_data)
+app = make_client_app(DEPLOYED)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # The last noise is used again unless so many times less would do.
 _NEAR = 1.25
+# A run does not go on with so many times the noise that it had.
+_FAR = 5.0
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class PrivacyPlan:
 
         The noise is the configured one or, where none is configured, the last one used, as long as it keeps the
         promise and not much less would do; else the least that does: after a lost round, whose steps stay spent, the
-        rest of the run takes more.
+        rest of the run takes more. Raises :class:`UserError` where it would have to take far more.
         """
         privacy, batch = config.privacy, config.train.batch_size
         _check_size(privacy.unit, units, batch, privacy.delta)
@@ -321,6 +323,11 @@ def _noise(config: RunConfig, turns: Turns, first_step: int, steps: int, spent: 
             if math.isinf(paid):
                 raise
             noise = paid
+    if first_step and last is not None and noise > _FAR * last:
+        raise UserError(
+            f"privacy.epsilon {privacy.epsilon:g} leaves so little after what was already spent that the rest of the "
+            f"run would take {noise / last:.0f} times the noise of the steps before, and undo what they learned"
+        )
     return noise
 
 

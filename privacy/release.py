@@ -46,8 +46,8 @@ def release_event(config: RunConfig, round: int, spent: tuple[Event, ...]) -> Ev
     Guarantee
     ---------
     Neighbours: held-out sets that differ by one unit. All evaluations of the run, with ``spent``, are within
-    ``evaluate.epsilon`` (``privacy.epsilon`` where it is 0) at ``privacy.delta``. A unit is held out or trained on, never both under one split, so what it
-    pays here is not what others pay for the training.
+    ``evaluate.epsilon`` (``privacy.epsilon`` where it is 0) at ``privacy.delta``. A unit is held out or trained on,
+    never both under one split, so what it pays here is not what others pay for the training.
     """
     privacy, left = config.privacy, evaluations_left(config, round)
     budget = config.evaluate.epsilon or privacy.epsilon

@@ -100,7 +100,7 @@ class TinyFederation:
         return parse_config(self.values(**changes))
 
     def private(self, **changes: Any) -> RunConfig:
-        """The same under DP, with the patient as the unit; evaluation counts are exact, so that they can be compared."""
+        """The same under DP, with the patient as the unit; its counts are exact, so that they can be compared."""
         promise = {"privacy.enabled": True, "privacy.unit": "patient", "privacy.epsilon": 2.0, "privacy.delta": 1e-3}
         promise |= {"evaluate.release": "exact_not_private"}
         return self.config(**{**promise, **changes})

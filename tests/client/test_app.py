@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft.client import app as client_app
-from fedgraft.client.app import app
+from fedgraft.client.app import app, make_client_app
 from fedgraft.client.policy import unrestricted
 from fedgraft.client.resident import resident
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.config import RunConfig
 from fedgraft.core.update import PrivacyStatement
 from fedgraft.core.wire import NEEDS_STATE, Answer, Job, decode_adapter, decode_answer, encode_adapter
-from fedgraft.privacy import Ledger, epsilon
+from fedgraft.privacy import Event, Ledger, epsilon
 
 
 def open_policy(path: str | Path) -> str:
@@ -381,3 +382,81 @@ def test_noise_that_cannot_keep_the_promise_is_refused_before_anything_is_spent(
     answer = Conversation(config, tmp_path).hello()
     assert "more than privacy.epsilon 2; raise privacy.noise_multiplier" in answer.error
     assert not (tmp_path / "ledgers").exists()
+
+
+# What a private round takes along
+
+
+def test_noised_counts_are_paid_for_by_the_held_out_alone(tiny_federation: Any, tmp_path: Path) -> None:
+    settings = {"evaluate.release": "noised", "evaluate.epsilon": 1.0, "privacy.epsilon": 2.0}
+    talk = Conversation(tiny_federation.private(**settings), tmp_path / "north")
+    assert talk.train()[0].error == ""
+    assert talk.hello(round=2).error == ""
+    trained = talk.hello(round=2).privacy
+    counts = [talk.evaluate(number) for number in (0, 1, 2, 3)]
+    assert all(0 <= each.metrics["correct"] <= each.metrics["examples"] for each in counts)
+    assert len({each.metrics["correct"] for each in counts}) == 4, "every release has noise of its own"
+    ledger = Ledger(tmp_path / "north" / "ledgers")
+    parts = {part: [e for e in ledger.entries() if e.part == part] for part in ("train", "held-out")}
+    assert (len(parts["train"]), len(parts["held-out"])) == (1, 4)
+    told = counts[-1].privacy
+    assert trained is not None and told is not None and told.metrics == "noised" and told.steps == trained.steps == 3
+    evaluated = epsilon(tuple(event for entry in parts["held-out"] for event in entry.events), 1e-3)
+    assert 0.9 < evaluated <= 1.0
+    # In parallel, not in sequence: nobody is both.
+    assert told.epsilon == pytest.approx(max(trained.epsilon, evaluated), rel=1e-9)
+    # A fifth was not planned for.
+    assert "evaluation: " in talk.evaluate(3).error
+
+
+@pytest.mark.parametrize("sampler", ["cyclic", "poisson"])
+def test_correlated_noise_goes_on_in_another_process(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    config = tiny_federation.private(**{"privacy.sampler": sampler, "privacy.bands": 4, "privacy.epsilon": 50.0})
+    units = int(Conversation(config, tmp_path / "north").hello().metrics["units"])
+
+    def another_process() -> Conversation:
+        """Knows nothing but what lies in its folder."""
+        monkeypatch.setattr(sys.modules[__name__], "app", make_client_app(client_app.DEPLOYED))
+        return Conversation(config, tmp_path / "north")
+
+    told = []
+    for number in (1, 2, 3):
+        answer, _ = another_process().train(number)
+        assert answer.error == ""
+        assert answer.privacy is not None
+        told.append(answer.privacy)
+    (key,) = (tmp_path / "north" / "noise").iterdir()
+    assert key.stat().st_mode & 0o077 == 0
+    assert [each.steps for each in told] == [3, 6, 9]
+    if sampler == "poisson":
+        # Nine steps begin three blocks of four: the epsilon is that of three steps at four times the rate.
+        event = Event(told[-1].noise_multiplier, 4 * 16 / units, 3)
+        assert told[-1].epsilon == pytest.approx(epsilon((event,), 1e-3), rel=1e-6)
+    key.unlink()
+    answer, content = another_process().train(3)
+    assert "the noise key of a run that has taken 9 steps is lost" in answer.error and "adapter" not in content
+
+
+def test_the_name_of_a_run_reaches_no_other_folder(tiny_federation: Any, tmp_path: Path) -> None:
+    config = tiny_federation.private(**{"privacy.sampler": "cyclic", "privacy.bands": 2, "privacy.epsilon": 50.0})
+    answer, _ = Conversation(config, tmp_path / "north").train(run="../../escaped")
+    assert answer.error == ""
+    assert len(list((tmp_path / "north" / "noise").iterdir())) == 1
+    assert not list(tmp_path.glob("*escaped*"))
+
+
+def test_a_bound_that_adapts_is_kept_from_round_to_round(tiny_federation: Any, tmp_path: Path) -> None:
+    settings = {"privacy.clip_quantile": 0.5, "privacy.clip": 1e-3, "privacy.clip_rate": 1.0, "privacy.epsilon": 20.0}
+    talk = Conversation(tiny_federation.private(**settings), tmp_path / "north")
+    bounds = []
+    for number in (1, 2):
+        assert talk.train(number)[0].error == ""
+        bounds.append(talk.context.state.config_records["clip"]["clip"])
+    # All are above the first bound, so each of three steps multiplies it by exp(1/2) but for noise.
+    assert bounds[0] > 2e-3
+    assert bounds[1] > 1.5 * bounds[0]
+    # Another run begins with its own.
+    assert talk.train(1, run="other")[0].error == ""
+    assert talk.context.state.config_records["clip"]["clip"] < bounds[1]

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from fedgraft.client import app as client_app
 from fedgraft.client import trainer
 from fedgraft.client.resident import resident
 from fedgraft.core.config import parse_config
@@ -21,7 +22,7 @@ from fedgraft.core.errors import UserError
 from fedgraft.core.update import PrivacyStatement
 from fedgraft.core.wire import encode_answer
 from fedgraft.methods import AttachedAdapter
-from fedgraft.privacy import Event, epsilon
+from fedgraft.privacy import Event, Ledger, epsilon
 from fedgraft.privacy.accounting import calibrate_noise
 from fedgraft.privacy.clipping import ClippedGradients, create_engine, require_exact
 from fedgraft.privacy.noise import RandomStream
@@ -347,12 +348,20 @@ def test_no_training_metric_leaves_a_private_site_and_counts_are_noised(tiny_fed
         encode_answer("train", site="north", round=1, metrics={"accuracy": 0.5}, privacy=PrivacyStatement(enabled=True))
 
 
-def test_trials_with_other_settings_spend_the_same_budget(tiny_federation: Any, tmp_path: Path) -> None:
-    """A search over learning rates touches the same patients again: through the ledger of a real site."""
-    from fedgraft.privacy.ledger import Ledger  # noqa: F401  the trials below write one
+def test_trials_with_other_settings_spend_the_same_budget(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search over learning rates touches the same patients again."""
 
-    spent = []
+    def lasting(folder: Path, *args: Any, **more: Any) -> Ledger:
+        """A site's folder that stays from run to run, as a real one's does."""
+        return Ledger(tmp_path / "at" / folder.parent.name, *args, **more)
+
+    monkeypatch.setattr(client_app, "Ledger", lasting)
+    told = []
     for number, rate in enumerate((0.1, 0.2, 0.3)):
         config = _private_run(tiny_federation, **{"rounds": 1, "train.lr": rate})
-        spent.append(tiny_federation.trial(config, tmp_path / "north", number))
-    assert spent[0] < spent[1] < spent[2]
+        told.append(tiny_federation.run(config, tmp_path / f"run{number}")["sites"]["north"]["privacy"])
+    want = [epsilon((Event(2.0, told[0]["sampling_rate"], 3 * trials),), 1e-3) for trials in (1, 2, 3)]
+    assert [each["epsilon"] for each in told] == pytest.approx(want)
+    assert [each["steps"] for each in told] == [3, 6, 9]

@@ -64,6 +64,7 @@ def test_a_deployed_site_keeps_its_ledger_and_a_run_its_folder(
 ) -> None:
     values, grid = deployed
     values["privacy"] = {"delta": 1e-3, "noise_multiplier": 2.0}
+    values["evaluate"] = {"epsilon": 3.0}
     (tmp_path / "run.json").write_text(json.dumps(values))
     settings = {"config": str(tmp_path / "run.json"), "set": "rounds=1"}
     server_app(grid, context(**settings, output=str(tmp_path / "run")))
@@ -73,6 +74,8 @@ def test_a_deployed_site_keeps_its_ledger_and_a_run_its_folder(
         entries = Ledger(tmp_path / "at" / site / "ledgers").entries()
         assert sum(entry.steps for entry in entries if entry.part == "train") == told["privacy"]["steps"] == 3
     # The same sites in a second run: what they spent in the first counts.
+    values["evaluate"] = {"epsilon": 6.0}
+    (tmp_path / "run.json").write_text(json.dumps(values))
     server_app(grid, context(**settings, output=str(tmp_path / "second")))
     for site, told in read_run(tmp_path / "second")["sites"].items():
         assert told["privacy"]["steps"] == 6
