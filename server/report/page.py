@@ -11,6 +11,7 @@ from typing import Any
 from ..files import write_text
 from . import charts
 from . import elements as el
+from .central import central
 from .promise import SEEDED, promise
 from .record import Record, read_record
 from .style import CSS
@@ -38,7 +39,7 @@ def render(record: Record) -> str:
         el.section("Warnings", _warnings(record)),
         el.section("Course of the run", _charts(record)),
         el.section("Sites", _sites(record)),
-        el.section("What is promised", promise(record)),
+        el.section("What is promised", promise(record) + central(record)),
         el.section("Missing sites", _missing(record)),
         el.section("Configuration", _configuration(record)),
         el.section("Provenance", _provenance(record)),
@@ -72,7 +73,7 @@ def _banners(record: Record) -> Iterator[str]:
         yield el.banner("The run failed.", el.text(record.run.get("error") or "No reason was recorded."))
     if not record.private:
         yield el.banner(
-            f"{NO_PRIVACY}.",
+            f"{NO_PRIVACY}{' at the sites' if record.run.get('central') else ''}.",
             "The sites' adapters were sent as they were trained, neither clipped nor noised. They and the final "
             "adapter may reveal what single records held.",
         )

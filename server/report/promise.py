@@ -13,10 +13,10 @@ SEEDED = "The noise was seeded: NOT private"
 def promise(record: Record) -> str:
     if not record.private:
         return (
-            "<p><b>Nothing.</b> Training ran without differential privacy. Each site sent its adapter as trained; the "
-            "server, whoever reads the traffic and whoever holds the final adapter may learn about single records. "
-            "Only the records themselves stayed where they were.</p>"
-            + el.terms([("Evaluation", _evaluation_words(record)), ("Treated as public", _PUBLIC)])
+            f"<p><b>Nothing{' by the sites' if record.run.get('central') else ''}.</b> Training ran without "
+            "differential privacy. Each site sent its adapter as trained; the server, whoever reads the traffic and "
+            "whoever holds the final adapter may learn about single records. Only the records themselves stayed where "
+            "they were.</p>" + el.terms([("Evaluation", _evaluation_words(record)), ("Treated as public", _PUBLIC)])
         )
     lead = (
         f'<p class="bad"><b>{SEEDED}.</b> None of the following holds for this run; it is what the same run would '

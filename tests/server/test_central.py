@@ -110,6 +110,10 @@ def test_the_report_says_what_the_server_promises(both: Any, seeded: Any, tmp_pa
     record = json.loads((both[0] / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**record, "central": None}))
     assert told_in_report(read_record(tmp_path)) == ""
+    pages = [(run[0] / "report.html").read_text() for run in (both, seeded)]
+    assert all("The server's promise" in page for page in pages)
+    # The sites of one of them add no noise of their own.
+    assert ["No differential privacy at the sites." in page for page in pages] == [False, True]
 
 
 # Noise
