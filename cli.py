@@ -19,6 +19,7 @@ from . import __version__
 from .client.policy_commands import app as policy
 from .core.errors import UserError
 from .privacy.commands import app as privacy
+from .simulations.audit.commands import audit
 
 app = typer.Typer(
     name="fedgraft",
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(privacy, name="privacy")
+app.command("audit")(audit)
 app.add_typer(policy, name="policy")
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -44,7 +44,7 @@ class Fault:
     plan: Callable[[PrivacyPlan], PrivacyPlan] = _same
     groups: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]] = _same
     #: Whether the plan can have this fault at all.
-    applies: Callable[[RunConfig], bool] = lambda config: True
+    applies: Callable[[PrivacyPlan], bool] = lambda plan: True
 
 
 HONEST = Fault("none", "nothing is broken", "")
@@ -239,12 +239,16 @@ def _singles(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.array([index]) for group in groups for index in group]
 
 
-def _patients(config: RunConfig) -> bool:
-    return config.privacy.unit == "patient"
+def _patients(plan: PrivacyPlan) -> bool:
+    return plan.unit == "patient"
 
 
-def _several(config: RunConfig) -> bool:
-    return config.privacy.records_per_patient > 1
+def _several(plan: PrivacyPlan) -> bool:
+    return plan.records_per_patient > 1
+
+
+def _coins(plan: PrivacyPlan) -> bool:
+    return plan.sampler == "poisson" and plan.slots == 1 and plan.sampling_rate <= 0.5
 
 
 def _twice_the_rate(plan: PrivacyPlan) -> PrivacyPlan:
@@ -269,7 +273,13 @@ FAULTS = (
     ),
     Fault("shared noise", "the noise comes from the run's seed, the same at every site", "noise", engine=_seeded),
     Fault("empty batch skipped", "a step that saw nobody adds no noise", "noise", engine=_behind(_SkipsEmpty)),
-    Fault("double sampling", "units are sampled twice as often as accounted for", "noise", plan=_twice_the_rate),
+    Fault(
+        "double sampling",
+        "units are sampled twice as often as accounted for",
+        "noise",
+        plan=_twice_the_rate,
+        applies=_coins,
+    ),
     Fault(
         "records for patients",
         "each record of a patient counts as a patient",

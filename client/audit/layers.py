@@ -15,10 +15,12 @@ from ...privacy.accounting import Event, epsilon
 from ...privacy.audit import Verdict
 from ...privacy.audit.exactness import TOLERANCES, Case, clipped_sum, exactness
 from ...privacy.audit.lower_bound import lower_bound, scores
-from ...privacy.audit.noise import ALPHA, Run, noise
+from ...privacy.audit.noise import ALPHA, Draws, Run, noise
 from ...privacy.audit.sensitivity import SLACK, Neighbours, sensitivity
 from ...privacy.correlated import square_root_bands
+from ...privacy.noise import RandomStream
 from ...privacy.plan import PrivacyPlan
+from ..trainer import Sampler
 from .faults import HONEST, Fault
 from .subject import Subject
 from .watching import Step, watch
@@ -30,7 +32,8 @@ _FEW = 4
 _MANY = 50
 #: Units that a watched step samples on average, where the excerpt has enough.
 _SAMPLED = 8
-_MOST_WATCHED = 64
+#: Samples that are drawn without training on them.
+_DRAWS = 500
 #: The guesser does best where the noise of all steps it sees together is about this much of a unit's gradient.
 _GUESSABLE = 1 / 1.5
 _MOST_GUESSED_STEPS = 4
@@ -138,10 +141,9 @@ class Audit:
         """Trainings with all the noise of the plan: the site, the same site again, another site, one without data."""
         subject = self.subject
         plan = subject.plan
-        count = min(len(subject.groups), max(16, math.ceil(_SAMPLED / plan.sampling_rate)), _MOST_WATCHED)
-        groups = subject.groups[:count]
-        # Only where every unit has the same chance at every step is it known how many a step should draw.
-        counted = plan.slots == 1 and not 0 < plan.max_batch < count
+        count = min(len(subject.groups), max(16, math.ceil(_SAMPLED / plan.sampling_rate)))
+        groups, keys = subject.groups[:count], subject.keys[:count]
+        sizes: list[int] = []
         runs = []
         for name, site, own in (
             (subject.site, subject.site, groups),
@@ -149,16 +151,24 @@ class Audit:
             ("another site", f"{subject.site}-other", groups),
             ("empty batches", subject.site, []),
         ):
-            seen = self._train(own, plan, site=site, steps=self.steps, real=True, keys=subject.keys[: len(own)])
+            seen = self._train(own, plan, site=site, steps=self.steps, real=True, keys=keys[: len(own)])
             rows = [
                 (step.released - clipped_sum(subject.reference.units(step.records, subject.owner), step.clip))
                 / (plan.gradient_noise * step.clip)
                 for step in seen
             ]
             z = torch.stack(rows) if rows else torch.zeros(0, subject.reference.size)
-            drawn = [len(set(subject.owner[list(step.records)].tolist())) for step in seen if own and counted]
-            runs.append(Run(name, independent(z, plan.bands), tuple(drawn), count, plan.rate_within_slot))
-        return noise(runs, subject.reference.tensors, alpha=self.alpha, steps=self.steps)
+            runs.append(Run(name, independent(z, plan.bands)))
+            sizes += [len(set(subject.owner[list(step.records)].tolist())) for step in seen if own]
+        draws = []
+        if counted(plan, count):
+            sampler = Sampler(self.fault.plan(plan), self.fault.groups(groups), keys, RandomStream.from_os())
+            alone = tuple(len(sampler.sample(step).sizes) for step in range(_DRAWS))
+            draws = [
+                Draws("watched steps", tuple(sizes), count, plan.rate_within_slot),
+                Draws("the sampler alone", alone, count, plan.rate_within_slot),
+            ]
+        return noise(runs, subject.reference.tensors, draws, alpha=self.alpha, steps=self.steps)
 
     def lower_bound(self) -> Verdict:
         """Canaries put in by fair coins; every one of them takes part in every step, the guesser's best case."""
@@ -225,6 +235,11 @@ class Audit:
             silent=silent,
             create=fault.engine(config, subject.resident),
         )
+
+
+def counted(plan: PrivacyPlan, units: int) -> bool:
+    """Whether every one of ``units`` units has the same chance at every step, so that sizes are binomial."""
+    return plan.slots == 1 and not 0 < plan.max_batch < units
 
 
 def independent(rows: torch.Tensor, bands: int) -> torch.Tensor:

@@ -27,16 +27,20 @@ _QUANTILES = 99
 
 @dataclass(frozen=True)
 class Run:
-    """The standardised noise of one observed training: ``z`` (K, P), a step a row.
-
-    ``drawn``: how many units each step sampled, of ``units`` at ``rate``; empty where the sampler is not Poisson.
-    """
+    """The standardised noise of one observed training: ``z`` (K, P), a step a row."""
 
     name: str
     z: torch.Tensor
-    drawn: tuple[int, ...] = ()
-    units: int = 0
-    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many of ``units`` units each step sampled, where each should have taken part with chance ``rate``."""
+
+    name: str
+    sizes: tuple[int, ...]
+    units: int
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,17 @@ class _Look:
 
 
 def noise(
-    runs: Sequence[Run], tensors: Sequence[tuple[str, int]], *, alpha: float = ALPHA, steps: int | None = None
+    runs: Sequence[Run],
+    tensors: Sequence[tuple[str, int]],
+    draws: Sequence[Draws] = (),
+    *,
+    alpha: float = ALPHA,
+    steps: int | None = None,
 ) -> Verdict:
     """Whether the noise of all ``runs`` is what it should be. ``tensors``: name and size of each, in order.
 
-    ``steps``: how many releases each run owes; a run with fewer has skipped some (an empty batch, say).
+    ``draws``: samples of a Poisson sampler, to be held against the binomial distribution; ``steps``: how many releases
+    each run owes; a run with fewer has skipped some (an empty batch, say).
     """
     findings = [
         f"{run.name}: {len(run.z)} noisy steps were released where the plan takes {steps}"
@@ -64,7 +74,7 @@ def noise(
         return Verdict("noise", "The noise is not finite.", (*findings, "what was released holds NaN or infinity"))
     if not any(len(run.z) for run in runs):
         return Verdict("noise", "Nothing was released.", (*findings, "no noisy step was released"))
-    looks = list(_looks(runs, tensors))
+    looks = [*_looks(runs, tensors), *_samples(draws)]
     threshold = alpha / max(1, len(looks))
     failed = sorted((look for look in looks if not look.p >= threshold), key=lambda look: look.p)
     findings += [
@@ -93,7 +103,6 @@ def noise(
             "smallest_p": {kind: min(look.p for look in looks if look.kind == kind) for kind in kinds},
             "runs": [run.name for run in runs],
             "steps": [len(run.z) for run in runs],
-            "drawn": [list(run.drawn) for run in runs],
         },
         _drawing(everything),
     )
@@ -105,7 +114,6 @@ def _looks(runs: Sequence[Run], tensors: Sequence[tuple[str, int]]) -> Iterator[
     yield from _shapes(z, tensors)
     yield from _repeats(z, runs)
     yield from _copies(z, tensors)
-    yield from _samples(runs)
 
 
 def _sizes(z: np.ndarray, runs: Sequence[Run], tensors: Sequence[tuple[str, int]]) -> Iterator[_Look]:
@@ -176,16 +184,20 @@ def _correlation(r: float, count: int) -> float:
     return float(2 * stats.t.sf(abs(r) * np.sqrt((count - 1) / max(1 - r * r, 1e-300)), count - 1))
 
 
-def _samples(runs: Sequence[Run]) -> Iterator[_Look]:
-    for run in runs:
-        if run.drawn:
-            most = run.units * len(run.drawn)
-            p = float(stats.binomtest(sum(run.drawn), most, min(run.rate, 1.0)).pvalue)
-            fault = (
-                f"{run.name}: {sum(run.drawn)} units were sampled in {len(run.drawn)} steps; "
-                f"rate {run.rate:.3g} of {run.units} makes {most * run.rate:.0f}"
-            )
-            yield _Look("sampling", fault, p)
+def _samples(draws: Sequence[Draws]) -> Iterator[_Look]:
+    """How many were drawn in all, and how often a sample was of a middling size: both are binomial."""
+    for drawn in draws:
+        size, steps = stats.binom(drawn.units, min(drawn.rate, 1.0)), len(drawn.sizes)
+        total, expected = sum(drawn.sizes), drawn.units * drawn.rate * steps
+        fault = f"{drawn.name}: {total:,} units were sampled in {steps} steps, where {expected:,.0f} are expected"
+        yield _Look("sampling", fault, float(stats.binomtest(total, drawn.units * steps, min(drawn.rate, 1.0)).pvalue))
+        low, high = size.ppf(0.25), size.ppf(0.75)
+        chance = float(size.cdf(high) - size.cdf(low - 1))
+        middling = sum(low <= count <= high for count in drawn.sizes)
+        fault = (
+            f"{drawn.name}: {middling} of {steps} samples are of {low:.0f} to {high:.0f} units, {chance:.0%} should be"
+        )
+        yield _Look("sampling", fault, float(stats.binomtest(middling, steps, min(chance, 1.0)).pvalue))
 
 
 def _columns(tensors: Sequence[tuple[str, int]]) -> Iterator[tuple[str, slice]]:

@@ -73,9 +73,13 @@ class Signer:
             "signature": self._key.sign(content).hex(),
         }
 
+    def sign_report(self, report: Mapping[str, Any]) -> dict[str, str]:
+        """The signature over a report's canonical JSON."""
+        return self.sign(canonical(report))
+
     def signed_report(self, report: Mapping[str, Any]) -> str:
         """The text of the JSON file: the report and its signature."""
-        return _file_text({"report": report, "signature": self.sign(canonical(report))})
+        return _file_text({"report": report, "signature": self.sign_report(report)})
 
     def signed_page(self, page: str) -> str:
         """``page`` with a last line that signs every byte before it."""

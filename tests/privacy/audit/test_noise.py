@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from fedgraft.privacy.audit import noise as layer
-from fedgraft.privacy.audit.noise import Run, noise
+from fedgraft.privacy.audit.noise import Draws, Run, noise
 
 TENSORS = [("a", 40), ("b", 40), ("c", 300), ("d", 7)]
 SIZE, STEPS = 387, 6
@@ -22,23 +22,24 @@ def normals(seed: int, steps: int = STEPS) -> torch.Tensor:
 
 
 def runs(seed: int = 0) -> list[Run]:
-    random = np.random.default_rng(seed + 10_000)
-    return [
-        Run(name, normals(3 * seed + number), tuple(random.binomial(50, 0.2, STEPS).tolist()), 50, 0.2)
-        for number, name in enumerate(("north", "north again", "south"))
-    ]
+    return [Run(name, normals(3 * seed + number)) for number, name in enumerate(("north", "north again", "south"))]
+
+
+def draws(seed: int = 0, rate: float = 0.2) -> Draws:
+    sizes = np.random.default_rng(seed + 10_000).binomial(50, rate, 200)
+    return Draws("watched", tuple(sizes.tolist()), 50, 0.2)
 
 
 def test_honest_noise_passes_a_hundred_times() -> None:
     """At 1e-3 each, the chance of two alarms or more is 0.5 %; seeded, so it is the same every time."""
-    assert sum(not noise(runs(seed), TENSORS, steps=STEPS).good for seed in range(100)) <= 1
+    assert sum(not noise(runs(seed), TENSORS, [draws(seed)], steps=STEPS).good for seed in range(100)) <= 1
 
 
 def test_the_p_values_of_every_test_are_uniform_on_honest_noise() -> None:
     """Else `ALPHA` would not be the rate of false alarms: each kind by itself, held to 1e-4 by a test of its own."""
     found: dict[str, list[float]] = {}
     for seed in range(60):
-        for look in layer._looks(runs(seed), TENSORS):
+        for look in (*layer._looks(runs(seed), TENSORS), *layer._samples([draws(seed)])):
             found.setdefault(look.kind, []).append(look.p)
     assert set(found) == {"size", "shape", "steps", "runs", "tensors", "sampling"}
     for kind, values in found.items():
@@ -61,7 +62,7 @@ def test_the_correlation_test_is_the_textbook_one() -> None:
 
 
 def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> list[Run]:
-    return [Run(run.name, change(run.z), run.drawn, run.units, run.rate) for run in runs()]
+    return [Run(run.name, change(run.z)) for run in runs()]
 
 
 def _column(part: slice, factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -120,9 +121,21 @@ def test_one_noise_at_two_sites_is_seen() -> None:
 
 
 def test_another_sampling_rate_is_seen() -> None:
-    verdict = noise([Run("north", normals(0), (20, 19, 21, 18, 22, 20), 50, 0.2)], TENSORS)
-    (finding,) = verdict.findings
-    assert finding.startswith("north: 120 units were sampled in 6 steps; rate 0.2 of 50 makes 60")
+    verdict = noise(runs(), TENSORS, [draws(rate=0.25)])
+    assert any("units were sampled in 200 steps, where 2,000 are expected" in text for text in verdict.findings)
+    assert noise(runs(), TENSORS, [draws()]).good
+
+
+def test_batches_of_a_fixed_size_are_seen() -> None:
+    """Shuffled batches, accounted for as if each unit had thrown its own coin."""
+    (finding,) = noise(runs(), TENSORS, [Draws("watched", (10,) * 200, 50, 0.2)]).findings
+    assert finding.startswith("watched: 200 of 200 samples are of 8 to 12 units, 62% should be")
+
+
+@pytest.mark.parametrize(("units", "rate"), [(1, 1.0), (40, 1.0), (30, 1e-6)])
+def test_a_sampler_at_the_edge_is_no_finding(units: int, rate: float) -> None:
+    sizes = (units if rate == 1 else 0,) * 50
+    assert noise(runs(), TENSORS, [Draws("watched", sizes, units, rate)]).good
 
 
 def test_a_step_that_released_nothing_is_seen() -> None:

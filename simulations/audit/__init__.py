@@ -1,0 +1,3 @@
+"""`fedgraft audit`: from a configuration or a run to one signed report, as JSON and as a page."""
+
+from __future__ import annotations
