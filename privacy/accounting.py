@@ -33,7 +33,9 @@ MAX_NOISE = 100.0
 MIN_NOISE = 0.1
 # Losses lie on a grid of 1e-3; where those of one step are so small that its rounding would show, on a finer one.
 _GRIDS = (1e-3, 1e-4, 1e-5)
-_GRID_POINTS = 4e6
+_ROUGH = 1e-2
+_COARSE = (1e-2, 1e-1, 1.0, 10.0)
+_POINTS, _STEP_POINTS = 4e6, 4e5
 # What the Fourier transforms may be off by in delta, per step composed: about ten times what is seen.
 _ROUNDING = 1e-15
 _TOLERANCE = 1e-3
@@ -113,7 +115,7 @@ def epsilon(events: tuple[Event, ...], delta: float, neighbours: str = "add_remo
       against (1 - q) N(0) + q N(-1) for replace_one, each of std z; discretised pessimistically. The second pair
       dominates every two units of norm at most C, since the divergence grows with each one's norm and as their
       correlation falls (Price's theorem); without sampling (q = 1) it is a Gaussian of sensitivity 2 C. Cut-down
-      samples: the upper bound of arXiv:2508.15089.
+      samples: the upper bound of arXiv:2508.15089, for this data set and for one with a unit more.
     - ``rdp``: Renyi divergences of the same pairs (Mironov et al. 2019, section 3.3; replace_one by quadrature),
       turned into epsilon by Canonne et al. 2020, proposition 12. It knows no cut-down samples.
 
@@ -138,7 +140,8 @@ def require_known(neighbours: str, accountant: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_pld(events: tuple[Event, ...], delta: float, neighbours: str) -> float:
+def _epsilon_pld(events: tuple[Event, ...], delta: float, neighbours: str, roughly: bool = False) -> float:
+    """``roughly``: on a coarser grid where that changes little, ten times as fast."""
     steps = sum(event.steps for event in events)
     slack = _ROUNDING * (steps + 100)
     if slack > delta / 2:
@@ -146,26 +149,44 @@ def _epsilon_pld(events: tuple[Event, ...], delta: float, neighbours: str) -> fl
             f"privacy.delta {delta:g} is smaller than the arithmetic of {steps} steps can vouch for; use at least "
             f'{2 * slack:.2g}, or privacy.accountant = "rdp"'
         )
-    grid = _grid(events, neighbours)
-    total = pld.identity(value_discretization_interval=grid)
-    for event in events:
-        total = total.compose(_losses(event, neighbours, grid))
-    return float(total.get_epsilon_for_delta(delta - slack))
+    grid = _grid(events, neighbours, roughly)
+    if grid is None:
+        return math.inf
+
+    def composed(more: int) -> float:
+        total = pld.identity(value_discretization_interval=grid)
+        for event in events:
+            own = replace(event, units=event.units + more) if event.max_batch else event
+            total = total.compose(_losses(own, neighbours, grid))
+        return float(total.get_epsilon_for_delta(delta - slack))
+
+    # How likely a sample is cut down hangs on the larger of the two data sets: this one, or one with a unit more.
+    cut = any(event.max_batch for event in events)
+    return max(composed(more) for more in ((0, 1) if cut and neighbours == "add_remove" else (0,)))
 
 
-def _grid(events: tuple[Event, ...], neighbours: str) -> float:
-    """The coarsest grid whose rounding adds little to the variance of the losses. Every grid gives an upper bound."""
-    reach, total, added = 2.0 if neighbours == "replace_one" else 1.0, 0.0, dict.fromkeys(_GRIDS, 0.0)
+def _grid(events: tuple[Event, ...], neighbours: str, roughly: bool) -> float | None:
+    """The coarsest grid whose rounding adds little to the variance of the losses. Every grid gives an upper bound.
+
+    A still coarser one where the losses of one step reach too far for that; None where they reach too far for any.
+    """
+    reach = 2.0 if neighbours == "replace_one" else 1.0
+    total, widest, added = 0.0, 0.0, dict.fromkeys((_ROUGH, *_GRIDS), 0.0)
     for event in events:
         whole = event.sampling_rate == 1 and not event.max_batch  # all its steps are one Gaussian
         noise = event.noise_multiplier / math.sqrt(event.steps) if whole else event.noise_multiplier
         count = 1 if whole else event.steps
         spread = reach * event.sampling_rate * math.sqrt(math.expm1(min(noise**-2, 50.0)))
         total += count * spread**2
-        for grid in _GRIDS:
+        widest = max(widest, reach * (0.5 * reach / noise**2 + 12 / noise))
+        for grid in added:
             added[grid] += count * min(grid * spread, grid**2 / 4)
+    if widest / _GRIDS[0] > _STEP_POINTS:
+        return next((grid for grid in _COARSE if widest / grid <= _STEP_POINTS), None)
+    if roughly and added[_ROUGH] <= 5e-4 * total:
+        return _ROUGH
     for grid, finer in itertools.pairwise(_GRIDS):
-        if added[grid] <= 0.02 * total or 20 * math.sqrt(total) / finer > _GRID_POINTS:
+        if added[grid] <= 0.02 * total or 20 * math.sqrt(total) / finer > _POINTS:
             return grid
     return _GRIDS[-1]
 
@@ -259,28 +280,36 @@ def calibrate_noise(
     ``epsilon((*spent, Event(result, sampling_rate, steps, ...)), delta, ...) <= target``; see :func:`epsilon`.
     """
 
-    def excess(noise: float) -> float:
-        event = Event(noise, sampling_rate, steps, units, max_batch)
-        return epsilon((*spent, event), delta, neighbours, accountant) - target
+    def after(noise: float, roughly: bool = True) -> float:
+        events = (*spent, Event(noise, sampling_rate, steps, units, max_batch))
+        if roughly and accountant == "pld":
+            return _epsilon_pld(merged(events), delta, neighbours, roughly=True)
+        return epsilon(events, delta, neighbours, accountant)
+
+    epsilon(spent, delta, neighbours, accountant)  # refuses what cannot be chosen
 
     upper = 1.6  # halves down to MIN_NOISE; small noise is slow to account for, so the search comes from above
-    while upper > MIN_NOISE and excess(upper / 2) <= 0:
+    while upper > MIN_NOISE and after(upper / 2) <= target:
         upper /= 2
     if upper <= MIN_NOISE:
         return upper
-    while excess(upper) > 0:
+    while after(upper) > target:
         if upper == most:
             raise UserError(
                 f"privacy.epsilon {target:g} at delta {delta:g} cannot be reached in {steps} steps at sampling rate "
                 f"{sampling_rate:.3g}{' after what was already spent' if spent else ''}: even noise {most:g} gives "
-                f"{above(excess(upper) + target, target)}; use fewer rounds or steps, a smaller batch, more data, or "
-                "a larger epsilon"
+                f"{above(after(upper), target)}; use fewer rounds or steps, a smaller batch, more data, or a larger "
+                "epsilon"
             )
         upper = min(2 * upper, most)
-    # Where little noise gives no finite epsilon the search needs a number all the same.
-    found = float(brentq(lambda noise: min(excess(noise), 1e6), upper / 2, upper, xtol=_TOLERANCE))
-    while excess(found) > 0:
-        found += _TOLERANCE
+
+    def excess(log_noise: float) -> float:
+        # In logarithms both ways it is nearly a straight line. Too little noise may have no finite epsilon.
+        return math.log(min(max(after(math.exp(log_noise)), 1e-12), 1e6) / target)
+
+    found = math.exp(brentq(excess, math.log(upper / 2), math.log(upper), xtol=_TOLERANCE / upper))
+    while after(found, roughly=False) > target:
+        found += _TOLERANCE / 2
     return found
 
 

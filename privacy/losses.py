@@ -16,6 +16,7 @@ from .accounting import Event, merged
 
 _CELLS = 200_000
 _POINTS = 1 << 20
+_LEAST_NOISE = 0.05
 # Mass that may wrap around the transform, and the chance that rounding goes further than its bound.
 _LEAST = 1e-14
 
@@ -29,7 +30,7 @@ class Checked:
 
 
 def check_epsilon(events: tuple[Event, ...], delta: float, neighbours: str = "add_remove") -> Checked:
-    """Epsilon of ``events`` at ``delta``, from the definition. Raises ValueError for cut-down samples.
+    """Epsilon of ``events`` at ``delta``, from the definition. Raises ValueError for what it does not know.
 
     A step is the pair (P, Q) of one-dimensional mixtures that :func:`fedgraft.privacy.accounting.epsilon` names. The
     line is cut into cells, which as post-processing can only lower epsilon; a cell's loss log P/Q, weighted by P, is
@@ -41,6 +42,8 @@ def check_epsilon(events: tuple[Event, ...], delta: float, neighbours: str = "ad
     events = merged(events)
     if any(event.max_batch for event in events):
         raise ValueError("the check knows no cut-down samples")
+    if any(event.noise_multiplier < _LEAST_NOISE for event in events):
+        raise ValueError(f"the check knows no noise below {_LEAST_NOISE}, where cells have no mass left to compare")
     pairs = [(-1, False)] if neighbours == "replace_one" else [(0, False), (0, True)]
     both = [_one_direction(events, delta, shift, swapped) for shift, swapped in pairs]
     return Checked(max(one.estimate for one in both), max(one.least for one in both))
@@ -68,7 +71,7 @@ def _one_direction(events: tuple[Event, ...], delta: float, shift: int, swapped:
     slack = 3 * _LEAST + 1e-15 * sum(event.steps for event in events)
     return Checked(
         estimate=_solve(losses, total, delta),
-        least=max(0.0, _solve(losses, total, delta + slack) - moved),
+        least=max(0.0, float(_solve(losses, total, delta + slack) - moved)),
     )
 
 
