@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ...core.errors import UserError, one_line
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
+from .forms import form_of
 from .ghost import LARGE, KeptMatrix
 from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
 from .leaf import one_by_one
@@ -159,6 +160,8 @@ class ExactGradients(ClippedGradients):
         return run
 
     def _meeting(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
+        forward = form_of(unit.module) or original
+
         def run(*args: Any, **kwargs: Any) -> Any:
             batch = self._batch or 0
             records = []
@@ -172,7 +175,7 @@ class ExactGradients(ClippedGradients):
                 if unit.path not in self.one_by_one:
                     try:
                         with Meeting(self._dense, self._waiting, batch, records):
-                            return original(*args, **kwargs)
+                            return forward(*args, **kwargs)
                     except UnknownMeetingError as error:
                         self.one_by_one[unit.path] = str(error)
                 return self._one_by_one(unit, original, args, kwargs)
