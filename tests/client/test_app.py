@@ -2,96 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedgraft.client import app as client_app
-from fedgraft.client.app import app, make_client_app
-from fedgraft.client.policy import unrestricted
-from fedgraft.client.resident import resident
+from fedgraft.client.app import make_client_app
 from fedgraft.core.adapter import AdapterState
-from fedgraft.core.config import RunConfig
 from fedgraft.core.update import PrivacyStatement
-from fedgraft.core.wire import NEEDS_STATE, Answer, Job, decode_adapter, decode_answer, encode_adapter
+from fedgraft.core.wire import NEEDS_STATE, Job, decode_adapter, decode_answer, encode_adapter
 from fedgraft.privacy import Event, Ledger, epsilon
 
-
-def open_policy(path: str | Path) -> str:
-    """The policy of a site that lets a job do what it likes with one file."""
-    return unrestricted().text.replace('"the scenario\'s"', json.dumps(str(path)))
-
-
-class Conversation:
-    """A server's side of it, with the ClientApp of a real site, which knows itself by its node configuration alone."""
-
-    def __init__(self, config: RunConfig, folder: Path, *, policy: str | None = "", **node: Any) -> None:
-        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-        self.config = config
-        self.folder = folder
-        if policy is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = node.get("data-path") or config.data.path
-            (folder / "policy.toml").write_text(policy or open_policy(path), encoding="utf-8")
-        node_config = {"site": "north", "site-folder": str(folder), **node}
-        self.context = Context(
-            run_id=1,
-            node_id=2,
-            node_config={key: value for key, value in node_config.items() if value is not None},
-            state=RecordDict(),
-            run_config={},
-        )
-        self.model = resident(config)
-        self.state = self.model.adapter.read()
-        self.state = self.state.with_spec(self.state.spec.with_policy("share", lambda t: True))
-
-    def say(self, kind: str, round: int = 1, content: RecordDict | None = None, **job: Any) -> RecordDict:
-        values = {
-            "run": "r",
-            "round": round,
-            "site": "north",
-            "config": self.config.to_json(),
-            "fingerprint": self.model.base.fingerprint,
-            **job,
-        }
-        message = Message(
-            RecordDict({"job": Job(**values).to_record(), **(content or {})}), dst_node_id=2, message_type=kind
-        )
-        return app(message, self.context).content
-
-    def hello(self, **job: Any) -> Answer:
-        return decode_answer(self.say("query.hello", **{"site": "", **job}), "hello", "north")
-
-    def train(self, round: int = 1, content: RecordDict | None = None, **job: Any) -> tuple[Answer, RecordDict]:
-        answer = self.say("train", round, content or encode_adapter(self.state, wire="fp32"), **job)
-        return decode_answer(answer, "train", "north"), answer
-
-    def evaluate(self, round: int = 1, content: RecordDict | None = None) -> Answer:
-        answer = self.say("evaluate", round, content or encode_adapter(self.state, wire="fp32"))
-        return decode_answer(answer, "evaluate", "north")
+_SPEC = importlib.util.spec_from_file_location("conversation", Path(__file__).parents[1] / "conversation.py")
+assert _SPEC is not None and _SPEC.loader is not None
+_CONVERSATION = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_CONVERSATION)
+Conversation = _CONVERSATION.Conversation
 
 
 @pytest.fixture
-def plain(tiny_federation: Any, tmp_path: Path) -> Conversation:
+def plain(tiny_federation: Any, tmp_path: Path) -> Any:
     return Conversation(tiny_federation.config(), tmp_path / "north")
 
 
 @pytest.fixture
-def private(tiny_federation: Any, tmp_path: Path) -> Conversation:
+def private(tiny_federation: Any, tmp_path: Path) -> Any:
     return Conversation(tiny_federation.private(**{"privacy.noise_multiplier": 2.0}), tmp_path / "north")
 
 
 # A site of its own
 
 
-def test_a_site_says_who_it_is_and_what_it_holds(plain: Conversation) -> None:
+def test_a_site_says_who_it_is_and_what_it_holds(plain: Any) -> None:
     answer = plain.hello()
     assert (answer.site, answer.round, answer.error, answer.privacy) == ("north", 1, "", None)
     assert answer.metrics["records"] + answer.metrics["held_out"] == 600
@@ -101,14 +49,14 @@ def test_a_site_says_who_it_is_and_what_it_holds(plain: Conversation) -> None:
     assert not (plain.folder / "ledgers").exists(), "without privacy there is no budget to record"
 
 
-def test_patients_are_counted_where_they_are_the_unit(private: Conversation, tiny_federation: Any) -> None:
+def test_patients_are_counted_where_they_are_the_unit(private: Any, tiny_federation: Any) -> None:
     answer = private.hello()
     patients = {row["patient"] for row in tiny_federation.rows}
     assert 0.7 * len(patients) < answer.metrics["units"] < 0.9 * len(patients)
     assert answer.metrics["units"] < answer.metrics["records"]
 
 
-def test_a_round_gives_back_the_trained_adapter(plain: Conversation) -> None:
+def test_a_round_gives_back_the_trained_adapter(plain: Any) -> None:
     answer, content = plain.train()
     assert answer.error == ""
     assert set(answer.metrics) == {"records", "steps", "loss"}
@@ -119,7 +67,7 @@ def test_a_round_gives_back_the_trained_adapter(plain: Conversation) -> None:
     assert counted.metrics["examples"] == plain.hello().metrics["held_out"]
 
 
-def test_a_private_round_reserves_its_budget_and_says_so(private: Conversation) -> None:
+def test_a_private_round_reserves_its_budget_and_says_so(private: Any) -> None:
     for number in (1, 2):
         answer, _ = private.train(number)
         assert answer.error == ""
@@ -137,9 +85,7 @@ def test_a_private_round_reserves_its_budget_and_says_so(private: Conversation) 
     ]
 
 
-def test_the_budget_is_on_the_disk_before_the_first_step(
-    private: Conversation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_budget_is_on_the_disk_before_the_first_step(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def dies(*args: Any, **more: Any) -> None:
@@ -155,14 +101,14 @@ def test_the_budget_is_on_the_disk_before_the_first_step(
     assert (entry.steps, entry.taken, entry.outcome) == (3, 1, "failed")
 
 
-def test_a_ledger_that_cannot_be_written_stops_the_training(private: Conversation) -> None:
+def test_a_ledger_that_cannot_be_written_stops_the_training(private: Any) -> None:
     (private.folder / "ledgers").write_text("a file where the folder should be")
     answer, content = private.train()
     assert "the ledger cannot be" in answer.error
     assert "adapter" not in content
 
 
-def test_a_damaged_ledger_stops_the_training(private: Conversation) -> None:
+def test_a_damaged_ledger_stops_the_training(private: Any) -> None:
     private.train()
     (ledger,) = (private.folder / "ledgers").glob("*.jsonl")
     ledger.write_text(ledger.read_text().replace('"steps": 3', '"steps": 1') + ledger.read_text())
@@ -179,7 +125,7 @@ def test_evaluation_releases_nothing_where_it_shall_not(tiny_federation: Any, tm
 # What it holds
 
 
-def test_what_it_holds_needs_not_be_sent_again(plain: Conversation) -> None:
+def test_what_it_holds_needs_not_be_sent_again(plain: Any) -> None:
     plain.evaluate()
     held = plain.state.digest
     nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
@@ -189,7 +135,7 @@ def test_what_it_holds_needs_not_be_sent_again(plain: Conversation) -> None:
     assert [one[key] for key in ("adapter", "table")] == [two[key] for key in ("adapter", "table")]
 
 
-def test_a_part_is_put_on_top_of_what_it_holds(plain: Conversation) -> None:
+def test_a_part_is_put_on_top_of_what_it_holds(plain: Any) -> None:
     plain.evaluate()
     head = [name for name in plain.state if "classifier" in name]
     changed = AdapterState(plain.state.spec, {**plain.state, **{n: plain.state[n] + np.float32(0.5) for n in head}})
@@ -199,7 +145,7 @@ def test_a_part_is_put_on_top_of_what_it_holds(plain: Conversation) -> None:
     assert one["adapter"] == two["adapter"]
 
 
-def test_without_what_it_should_hold_it_asks_for_it(plain: Conversation) -> None:
+def test_without_what_it_should_hold_it_asks_for_it(plain: Any) -> None:
     held = plain.state.digest
     nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)
     answer, content = plain.train(content=nothing)
@@ -208,14 +154,14 @@ def test_without_what_it_should_hold_it_asks_for_it(plain: Conversation) -> None
     assert set(content) == {"site"}
 
 
-def test_asking_spends_no_budget(private: Conversation) -> None:
+def test_asking_spends_no_budget(private: Any) -> None:
     held = private.state.digest
     nothing = encode_adapter(private.state.only([]), wire="fp32", whole=held, rest=held)
     assert private.train(content=nothing)[0].code == NEEDS_STATE
     assert Ledger(private.folder / "ledgers").events() == ()
 
 
-def test_another_process_of_the_site_goes_on_from_its_memory(plain: Conversation) -> None:
+def test_another_process_of_the_site_goes_on_from_its_memory(plain: Any) -> None:
     """Flower keeps a site's memory, not its process: the decoded adapter of this one is gone in the next."""
     plain.evaluate()
     client = client_app.SiteClient(
@@ -232,7 +178,7 @@ def test_another_process_of_the_site_goes_on_from_its_memory(plain: Conversation
     assert answer["adapter"] == plain.train()[1]["adapter"]
 
 
-def test_personal_tensors_stay_and_are_used_again(plain: Conversation) -> None:
+def test_personal_tensors_stay_and_are_used_again(plain: Any) -> None:
     head = {name for name in plain.state if "classifier" in name}
     local = plain.state.with_spec(plain.state.spec.with_policy("local", lambda t: t.name in head))
     message = encode_adapter(local, wire="fp32")
@@ -270,9 +216,7 @@ def test_personal_tensors_stay_and_are_used_again(plain: Conversation) -> None:
         ({"config": "nonsense"}, "the server's configuration: Invalid JSON"),
     ],
 )
-def test_an_instruction_that_does_not_fit_is_refused_in_one_line(
-    plain: Conversation, job: dict[str, str], reason: str
-) -> None:
+def test_an_instruction_that_does_not_fit_is_refused_in_one_line(plain: Any, job: dict[str, str], reason: str) -> None:
     answer, content = plain.train(**job)
     assert answer.error.startswith(reason.format(own=plain.model.base.fingerprint[:12]))
     assert answer.error.isprintable()
@@ -280,14 +224,14 @@ def test_an_instruction_that_does_not_fit_is_refused_in_one_line(
     assert list(plain.context.state) == []
 
 
-def test_an_undeclared_record_in_an_instruction_is_refused(plain: Conversation) -> None:
+def test_an_undeclared_record_in_an_instruction_is_refused(plain: Any) -> None:
     content = encode_adapter(plain.state, wire="fp32")
     content["code"] = ConfigRecord({"run": "rm"})
     answer, _ = plain.train(content=content)
     assert answer.error == "the server: undeclared record `code` in the message"
 
 
-def test_an_adapter_with_a_number_that_is_none_is_refused(plain: Conversation) -> None:
+def test_an_adapter_with_a_number_that_is_none_is_refused(plain: Any) -> None:
     content = encode_adapter(plain.state, wire="fp32")
     numbers = content.array_records["adapter"]["float32"].numpy().copy()
     numbers[0] = np.inf
@@ -416,9 +360,9 @@ def test_correlated_noise_goes_on_in_another_process(
     config = tiny_federation.private(**{"privacy.sampler": sampler, "privacy.bands": 4, "privacy.epsilon": 50.0})
     units = int(Conversation(config, tmp_path / "north").hello().metrics["units"])
 
-    def another_process() -> Conversation:
+    def another_process() -> Any:
         """Knows nothing but what lies in its folder."""
-        monkeypatch.setattr(sys.modules[__name__], "app", make_client_app(client_app.DEPLOYED))
+        monkeypatch.setattr(_CONVERSATION, "app", make_client_app(client_app.DEPLOYED))
         return Conversation(config, tmp_path / "north")
 
     told = []
