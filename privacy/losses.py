@@ -14,8 +14,8 @@ from scipy.special import ndtr
 
 from .accounting import Event, merged
 
-_CELLS = 200_000
-_POINTS = 1 << 20
+_CELLS = 100_000
+_POINTS = 1 << 19
 _LEAST_NOISE = 0.05
 # Mass that may wrap around the transform, and the chance that rounding goes further than its bound.
 _LEAST = 1e-14
