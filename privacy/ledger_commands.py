@@ -79,7 +79,11 @@ def verify(path: Annotated[Path, _PATH]) -> None:
         if ledger:
             Ledger(file).entries()
         head = f", last {entries[-1]['sha256']}" if entries else ""
-        console.print(f"{file}: {len(entries)} lines, each as it was written{head}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{file}: {len(entries)} line{'s' if len(entries) != 1 else ''}, each as it was written{head}",
+            soft_wrap=True,
+            highlight=False,
+        )
     for folder in _site_folders(path):
         _require_ledger_of_audit(folder)
     console.print("The hashes find damage and careless edits. Whoever may write a file could have written it anew.")
