@@ -261,9 +261,11 @@ class ExactGradients(ClippedGradients):
         if loss.requires_grad:
             loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
             self._waiting.pass_on()
-        for name, parameter in self.trainables.items():
-            if parameter.grad is not None:
-                raise refusal(name, "it is used outside of the layer that owns it, or by an operation out of sight")
+        plain = [name for name, parameter in self.trainables.items() if parameter.grad is not None]
+        for name in plain:
+            self.trainables[name].grad = None
+        if plain:
+            raise refusal(plain[0], "it is used outside of the layer that owns it, or by an operation out of sight")
         missing = {id(p) for p in self._dense.missing()} | {id_ for id_, kept in self._kept.items() if not kept}
         return [name for name, parameter in self.trainables.items() if id(parameter) in missing]
 
