@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from ...privacy.plan import PrivacyPlan
 from ..resident import Resident
 from ..trainer import EngineFactory, autocast
 from .watching import Silence, Standin
+
+if TYPE_CHECKING:
+    from .subject import Subject
 
 
 def _same(value: Any) -> Any:
@@ -43,8 +46,8 @@ class Fault:
     task: Callable[[Any], Any] = _same
     plan: Callable[[PrivacyPlan], PrivacyPlan] = _same
     groups: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]] = _same
-    #: Whether the plan can have this fault at all.
-    applies: Callable[[PrivacyPlan], bool] = lambda plan: True
+    #: Whether what is audited can have this fault at all.
+    applies: Callable[[Subject], bool] = lambda subject: True
 
 
 HONEST = Fault("none", "nothing is broken", "")
@@ -239,15 +242,28 @@ def _singles(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.array([index]) for group in groups for index in group]
 
 
-def _patients(plan: PrivacyPlan) -> bool:
-    return plan.unit == "patient"
+def _divides(subject: Subject) -> bool:
+    return subject.plan.expected_batch > 1
 
 
-def _several(plan: PrivacyPlan) -> bool:
-    return plan.records_per_patient > 1
+def _has_head(subject: Subject) -> bool:
+    return bool(subject.resident.base.head)
 
 
-def _coins(plan: PrivacyPlan) -> bool:
+def _batches_units(subject: Subject) -> bool:
+    return subject.config.train.micro_batch >= 2 * subject.most_records
+
+
+def _patients(subject: Subject) -> bool:
+    return subject.plan.unit == "patient"
+
+
+def _several(subject: Subject) -> bool:
+    return subject.most_records > 1
+
+
+def _coins(subject: Subject) -> bool:
+    plan = subject.plan
     return plan.sampler == "poisson" and plan.slots == 1 and plan.sampling_rate <= 0.5
 
 
@@ -259,17 +275,31 @@ _head = _UnclippedHead()
 
 FAULTS = (
     Fault("half noise", "the noise has half the standard deviation", "noise", engine=_behind(_HalfNoise)),
-    Fault("noise over batch", "the noise is divided by the batch twice", "noise", engine=_behind(_NoiseOverBatch)),
+    Fault(
+        "noise over batch",
+        "the noise is divided by the batch twice",
+        "noise",
+        engine=_behind(_NoiseOverBatch),
+        applies=_divides,
+    ),
     Fault("repeated noise", "every step adds the same noise", "noise", engine=_behind(_Repeated)),
     Fault("one clean tensor", "one tensor gets no noise", "noise", engine=_behind(_CleanTensor)),
     Fault("uniform noise", "the noise is uniform, of the right variance", "noise", engine=_behind(_Uniform)),
-    Fault("unclipped head", "the head trains on raw gradients", "exactness", engine=_head.engine, task=_head.task),
-    Fault("batch-mean loss", "losses are a mean over the batch", "exactness", task=_MeanTask),
+    Fault(
+        "unclipped head",
+        "the head trains on raw gradients",
+        "exactness",
+        engine=_head.engine,
+        task=_head.task,
+        applies=_has_head,
+    ),
+    Fault("batch-mean loss", "losses are a mean over the batch", "exactness", task=_MeanTask, applies=_batches_units),
     Fault(
         "clipped per batch",
         "a batch is clipped as one record, as hooks do a prompt that is built once a batch",
         "exactness",
         engine=_behind(_OneUnit),
+        applies=_batches_units,
     ),
     Fault("shared noise", "the noise comes from the run's seed, the same at every site", "noise", engine=_seeded),
     Fault("empty batch skipped", "a step that saw nobody adds no noise", "noise", engine=_behind(_SkipsEmpty)),

@@ -31,7 +31,7 @@ class Caught:
 
 def applicable(subject: Subject) -> list[Fault]:
     """The faults that the plan of ``subject`` could have."""
-    return [fault for fault in FAULTS if fault.applies(subject.plan)]
+    return [fault for fault in FAULTS if fault.applies(subject)]
 
 
 def self_test(

@@ -262,5 +262,21 @@ def test_synthetic_texts_serve_a_language_model(tiny_model: Any) -> None:
     )
     records = synthetic_records(config, 40)
     assert records.labels is None
-    verdicts = Audit(subject(config, "north", records, units=24), canaries=24, steps=3, alpha=RARE).run()
+    one = subject(config, "north", records, units=24)
+    verdicts = Audit(one, canaries=24, steps=3, alpha=RARE).run()
     assert all(verdict.good for verdict in verdicts), [verdict.findings for verdict in verdicts]
+    # There is no head to leave unclipped; what there can be is caught.
+    found = self_test(one, steps=3)
+    assert "unclipped head" not in {caught.fault for caught in found} and len(found) == 10
+    assert all(caught.good for caught in found), [caught.fault for caught in found if not caught.good]
+
+
+def test_a_bug_that_a_plan_cannot_have_is_not_looked_for(plan: RunConfig, canaries: Records) -> None:
+    config = changed(
+        plan,
+        privacy={"records_per_patient": 1},
+        train={"batch_size": 1, "micro_batch": 1},
+    )
+    missing = {"noise over batch", "batch-mean loss", "clipped per batch", "each record clipped"}
+    one = subject(config, "canary", canaries, units=16)
+    assert {fault.name for fault in FAULTS} - {fault.name for fault in applicable(one)} == missing
