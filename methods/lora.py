@@ -68,6 +68,5 @@ register(
         meaning=lora_meaning,
         uses_rank=True,
         accepts=LORA_ACCEPTS,
-        dp="refused: no exact per-sample gradient of the magnitude vector",
     )
 )

@@ -32,6 +32,5 @@ register(
         source="Lester et al. 2021, arXiv 2104.08691",
         configure=_configure,
         meaning=virtual_token_meaning,
-        dp="refused: the prompt is built once for a whole batch, so no record's gradient can be clipped",
     )
 )

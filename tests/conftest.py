@@ -32,12 +32,26 @@ def tinymodels() -> ModuleType:
 
 
 def _beside(name: str) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def lab(tiny_model: Callable[..., str], tiny_text: Callable[[int, int], str]) -> Any:
+    """A `Lab` of `tests/lab.py`: adapters on tiny models, batches for them, and naive twins of what an engine does."""
+    return _beside("lab").Lab(tiny_model, tiny_text)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The arguments that `tests/lab.py` supplies: ``fitting``, ``unfitting``, ``hooked``."""
+    if {"fitting", "unfitting", "hooked"} & set(metafunc.fixturenames):
+        _beside("lab").pytest_generate_tests(metafunc)
 
 
 @pytest.fixture(scope="session")

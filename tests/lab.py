@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.basemodel import BaseModel
 from fedgraft.core.config import MethodConfig, TaskConfig
 from fedgraft.core.tasks import Batch, Task, create_task
 from fedgraft.methods import AttachedAdapter, attach
+from fedgraft.privacy.clipping import create_engine
+from fedgraft.privacy.noise import RandomStream
 
 TEXT, IMAGE, LM = "sequence-classification", "image-classification", "causal-lm"
 LABELS = ("a", "b", "c")
@@ -37,8 +40,11 @@ FITS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 CASES = [(family, task, method) for (family, task), methods in FITS.items() for method in methods]
 UNFIT = [(family, task, method) for (family, task), fit in FITS.items() for method in _ALL if method not in fit]
-#: The methods whose every trainable has an exact per-sample gradient.
-EXACT = ("lora", "rslora", "bitfit", "ln", "prefix")
+#: The methods that Opacus has exact per-sample gradients for.
+HOOKED = ("lora", "rslora", "bitfit", "ln", "prefix")
+#: Words a record has: uneven, so that there is padding, and longer than the prefix.
+LENGTHS = (3, 11, 1, 6, 8)
+Case = tuple[str, str, str]
 
 
 def pixels(length: int, seed: int) -> Image.Image:
@@ -49,6 +55,8 @@ def pixels(length: int, seed: int) -> Image.Image:
 
 class Lab:
     """Loads each tiny model once and hands out copies."""
+
+    lengths = LENGTHS
 
     def __init__(self, folder: Callable[..., str], text: Callable[[int, int], str]) -> None:
         self._folder, self._text = folder, text
@@ -103,13 +111,118 @@ class Lab:
         adapter.write(state)
         return state
 
+    def double(self, case: Case, **settings: Any) -> AttachedAdapter:
+        """A shaken adapter in float64, so that an error of a rule cannot hide behind rounding."""
+        adapter = self.attach(*case, **settings)
+        self.shaken(adapter)
+        adapter.model.double()
+        return adapter
+
+    def rows(self, adapter: AttachedAdapter, case: Case, records: Sequence[Any]) -> torch.Tensor:
+        """The naive twin: the gradient of each record by itself, without padding, engine or neighbours."""
+        parameters = list(adapter.trainables().values())
+        return self.gradients(
+            parameters, (self.losses(adapter.model, self.batch(*case[:2], [r])).sum() for r in records)
+        )
+
+    def add(
+        self,
+        engine: Any,
+        adapter: AttachedAdapter,
+        case: Case,
+        records: Sequence[Any],
+        scale: Sequence[float] = (),
+        units: Sequence[int] | None = None,
+    ) -> None:
+        """One physical batch; ``scale`` multiplies the losses."""
+        engine.expect(len(records))
+        losses = self.losses(adapter.model, self.batch(*case[:2], records))
+        if scale:
+            losses = losses * torch.tensor(scale, dtype=losses.dtype)
+        engine.add(losses, None if units is None else torch.tensor(units))
+
+    def summed(
+        self,
+        adapter: AttachedAdapter,
+        case: Case,
+        batches: Sequence[Sequence[Any]],
+        clip: float,
+        scale: Sequence[float] = (),
+        engine: str = "exact",
+    ) -> torch.Tensor:
+        """What an engine adds up over ``batches``; ``scale`` is for the first."""
+        with create_engine(engine, adapter.model, adapter.trainables(), clip) as made:
+            for index, batch in enumerate(batches):
+                self.add(made, adapter, case, batch, scale if index == 0 else ())
+            made.release(0.0, 1.0, RandomStream.seeded_not_private("lab"))
+            return self.flat(adapter.trainables())
+
+    @staticmethod
+    def flat(trainables: Mapping[str, nn.Parameter]) -> torch.Tensor:
+        """All gradients in one vector."""
+        parts = []
+        for name, parameter in trainables.items():
+            assert parameter.grad is not None, name
+            parts.append(parameter.grad.reshape(-1).clone())
+        return torch.cat(parts)
+
+    @staticmethod
+    def gradients(parameters: Sequence[nn.Parameter], losses: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The gradient of each loss, by a backward pass of its own; shape (losses, P)."""
+        found = []
+        for loss in losses:
+            parts = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+            found.append(
+                torch.cat(
+                    [
+                        (torch.zeros_like(p) if g is None else g).reshape(-1)
+                        for p, g in zip(parameters, parts, strict=True)
+                    ]
+                )
+            )
+        return torch.stack(found)
+
+    @staticmethod
+    def clipped(rows: torch.Tensor, clip: float) -> torch.Tensor:
+        """Sum of rows, each scaled down to norm ``clip``."""
+        total = torch.zeros_like(rows[0])
+        for row in rows:
+            norm = float(row.norm())
+            total += row * (clip / norm if norm > clip else 1.0)
+        return total
+
+    @staticmethod
+    def close(got: torch.Tensor, want: torch.Tensor, relative: float = 1e-9) -> None:
+        assert got.dtype == want.dtype
+        assert float(want.norm()) > 0
+        assert float((got - want).norm()) <= relative * float(want.norm())
+
+    @staticmethod
+    def checkpointed(adapter: AttachedAdapter, *, reentrant: bool) -> list[tuple[nn.Module, bool]]:
+        """Switch checkpointing on without dropout; the list fills with each run of an inner module, and its grad mode.
+
+        A reentrant segment first runs without gradient; any segment runs twice.
+        """
+        model: Any = adapter.model
+        # The second run of a layer would find the keys of the first in the cache.
+        model.get_base_model().config.use_cache = False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        runs: list[tuple[nn.Module, bool]] = []
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+                for inner in module.modules():
+                    inner.register_forward_hook(lambda m, *_: runs.append((m, torch.is_grad_enabled())))
+        return runs
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Arguments ``fitting`` and ``unfitting``: each (family, task, method) that does; ``exact``: those fit for DP."""
+    """Arguments ``fitting`` and ``unfitting``: each (family, task, method) that does; ``hooked``: those for Opacus."""
     for name, cases in (
         ("fitting", CASES),
         ("unfitting", UNFIT),
-        ("exact", [case for case in CASES if case[2] in EXACT]),
+        ("hooked", [case for case in CASES if case[2] in HOOKED]),
     ):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, cases, ids=["-".join(case) for case in cases])

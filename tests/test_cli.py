@@ -253,7 +253,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     ),
     "method": ({"method.name": "lorra"}, [], "unknown method `lorra`; did you mean `lora`?"),
     "method without exact gradients": (
-        {"method.name": "dora", "privacy": {"delta": 1e-3, "noise_multiplier": 2.0}},
+        {"method.name": "dora", "privacy": {"delta": 1e-3, "noise_multiplier": 2.0, "engine": "opacus"}},
         [],
         "has no exact per-sample gradient",
     ),

@@ -1,7 +1,7 @@
-"""Rows of what a layer computes from its trainables alone (an effective weight, a scale), passed on to the trainables.
+"""Rows of what a layer computes from its trainables alone (an effective weight, a scale), passed on to those.
 
-The layer computes it once for the whole batch. Each example's gradient of it is gathered here, then sent through its own
-graph, all examples at a time: the chain rule, with the trainables' part of it shared.
+The layer computes it once for the whole batch. Each example's gradient of it is gathered here, then sent through its
+own graph, all examples at a time: the chain rule, with the trainables' part of it shared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""fedgraft's own engine: the gradient of each example, exact for every trainable, in the one backward pass of the batch.
+"""fedgraft's own engine: each example's gradient, exact for every trainable, in the one backward pass of the batch.
 
 Layers that hold trainables run as ever, but where a record meets a trainable a rule notes that example's part of the
-gradient in a flat buffer, and gives the trainable itself none (:mod:`.plan`, :mod:`.meeting`, :mod:`.rules`, :mod:`.rows`).
+gradient in a flat buffer, and gives the trainable itself none: :mod:`.plan`, :mod:`.meeting`, :mod:`.rules`,
+:mod:`.rows`.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ class ExactGradients(ClippedGradients):
         for parameter in self.trainables.values():
             parameter.grad = None
         if loss.requires_grad:
-            loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=keep_graph)
             self._waiting.pass_on()
         plain = [name for name, parameter in self.trainables.items() if parameter.grad is not None]
         for name in plain:
@@ -270,8 +271,10 @@ class ExactGradients(ClippedGradients):
         return [name for name, parameter in self.trainables.items() if id(parameter) in missing]
 
     def _verify(self, losses: torch.Tensor, row: int, norm: float) -> None:
-        """The gradient of one loss must lie in its own row, whole, and leave the others at zero: rows that were mixed up
-        (tokens routed between experts, something normalised over the batch) have the right shape, and only this tells.
+        """The gradient of one loss must lie in its own row, whole, and leave the others at zero.
+
+        Rows that were mixed up (tokens routed between experts, something normalised over the batch) have the right
+        shape, and only this tells.
         """
         alone = torch.zeros_like(losses).detach()
         alone[row] = 1

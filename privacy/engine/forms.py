@@ -1,7 +1,7 @@
-"""Other forms of two layers, equal in what they compute, that bring small tensors to the records in place of large ones.
+"""Other forms of two layers, equal in what they compute, that bring small tensors to the records, not large ones.
 
-HRA and BOFT build a rotation of the whole width before they use it; the gradient of such a matrix, for each example, costs
-more than the rest of the layer. Here the records are rotated instead, by the factors.
+HRA and BOFT build a rotation of the whole width before they use it; the gradient of such a matrix, for each example,
+costs more than the rest of the layer. Here the records are rotated instead, by the factors.
 """
 
 from __future__ import annotations

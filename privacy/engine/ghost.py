@@ -1,8 +1,8 @@
-"""Rows of a matrix too large to be written out for each example: the embedding of a vocabulary, a language model's head.
+"""Rows of a matrix too large to be written out for each example: a vocabulary's embedding, a language model's head.
 
 What they are made of is kept instead, until the weights of the rows are known. A norm comes from the Gram matrices of
-both factors ("ghost norm": Li et al. 2022, arXiv 2110.05679, section 4), or, for a table, from the sums over equal tokens;
-the clipped sum is one product of the weighted factors.
+both factors ("ghost norm": Li et al. 2022, arXiv 2110.05679, section 4), or, for a table, from the sums over equal
+tokens; the clipped sum is one product of the weighted factors.
 """
 
 from __future__ import annotations

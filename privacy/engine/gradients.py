@@ -67,11 +67,11 @@ class Dense:
 class ClippedGradients(ABC):
     """Turns per-sample losses into one noisy, clipped gradient a logical batch.
 
-    ``trainables``: the parameters that train, by name; ``clip``: C; use as a context manager, since it changes ``model``
-    while it is entered. Say :meth:`expect` before each forward pass and :meth:`add` after it, for each physical batch of
-    a step; then :meth:`release`, also for an empty step. ``clip`` may be set between steps. ``skipped`` counts rows left
-    out because they were not finite; ``within`` and ``over`` count the units of the step so far whose norm was at most
-    C, and above it. None of the three is noised: they must not leave the site.
+    ``trainables``: the parameters that train, by name; ``clip``: C; use as a context manager, since it changes
+    ``model`` while it is entered. Say :meth:`expect` before each forward pass and :meth:`add` after it, for each
+    physical batch of a step; then :meth:`release`, also for an empty step. ``clip`` may be set between steps.
+    ``skipped`` counts rows left out because they were not finite; ``within`` and ``over`` count the units of the step
+    so far whose norm was at most C, and above it. None of the three is noised: they must not leave the site.
 
     Guarantee
     ---------

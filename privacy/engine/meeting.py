@@ -21,7 +21,6 @@ from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import ConvolutionRows, EinsumRows, EmbeddingRows, LayerNormRows, LinearRows, ScaleRows, ShiftRows
 
-
 #: Operations that take no more than a kind or a place from their second operand.
 _OF_THE_FIRST = ("to", "type_as")
 
@@ -226,7 +225,7 @@ def _einsum(meeting: Meeting, equation: str, *operands: Any) -> torch.Tensor:
     if meeting.trains(operands[0]):
         operands, labels = (operands[1], operands[0]), (labels[1], labels[0], labels[2])
     x = meeting.record(operands[0])
-    of_x, of_w, of_y = labels
+    of_x, _, of_y = labels
     x_labels, w_labels, y_labels = map(set, labels)
     whole = all(len(set(each)) == len(each) for each in labels)
     apart = of_x[0] not in w_labels and of_y[:1] == of_x[0]

@@ -24,8 +24,8 @@ _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 class Unit:
     """A module whose forward pass the engine takes over, and how.
 
-    ``kind``: "linear", "conv1d", "norm" or "embedding" for a plain layer with a rule of its own; "prefix" and "prompt" for
-    virtual tokens; "meeting" for any other layer.
+    ``kind``: "linear", "conv1d", "norm" or "embedding" for a plain layer with a rule of its own; "prefix" and "prompt"
+    for virtual tokens; "meeting" for any other layer.
     """
 
     path: str
@@ -126,7 +126,7 @@ def _virtual_tokens(model: nn.Module) -> tuple[str, nn.Module, str] | None:
 
 
 def _inside_another(path: str, chosen: Mapping[int, Any], modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a unit lies within another, which then answers for all of it. A prompt's unit answers for its own only."""
+    """Whether a unit lies within another, which then answers for all of it; a prompt's answers for its own only."""
     parts = path.split(".")
     for length in range(len(parts) if path else 0):
         above = modules[".".join(parts[:length])]

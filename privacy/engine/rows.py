@@ -1,7 +1,7 @@
 """Where the rows go: one flat buffer with a gradient over all trainables for each example of a batch.
 
-A rule of :mod:`.rules` knows one :class:`Slot`: the place of one tensor's rows. It adds to it and returns no gradient of
-its own, so that nothing unclipped ever reaches a parameter.
+A rule of :mod:`.rules` knows one :class:`Slot`: the place of one tensor's rows. It adds to it and returns no gradient
+of its own, so that nothing unclipped ever reaches a parameter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The clipped sum is that of a loop over examples, one person moves it by no more than C, and noise is everywhere."""
+"""One person moves the clipped sum by no more than C, noise is everywhere, nothing is left behind: either engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,250 +11,30 @@ from scipy import stats
 from torch import nn
 
 from fedgraft.core.errors import UserError
-from fedgraft.methods import AttachedAdapter
-from fedgraft.privacy.clipping import ClippedGradients
+from fedgraft.privacy.clipping import ENGINES, create_engine, require_exact
 from fedgraft.privacy.noise import RandomStream
 
 Case = tuple[str, str, str]
 TEXT = "sequence-classification"
 BERT = ("bert", TEXT)
-#: Words a record has: uneven, so that there is padding, and longer than the prefix.
-LENGTHS = (3, 11, 1, 6, 8)
+LORA = (*BERT, "lora")
+
+both = pytest.mark.parametrize("engine", ["exact", "opacus"])
 
 
 def _stream(*parts: object) -> RandomStream:
     return RandomStream.seeded_not_private("test", *parts)
 
 
-def _flat(adapter: AttachedAdapter) -> torch.Tensor:
-    """All gradients of the adapter in one vector."""
-    parts = []
-    for name, parameter in adapter.trainables().items():
-        assert parameter.grad is not None, name
-        parts.append(parameter.grad.reshape(-1).clone())
-    return torch.cat(parts)
-
-
-def _double(lab: Any, case: Case, **settings: Any) -> AttachedAdapter:
-    """A shaken adapter in float64, so that an error of the rule cannot hide behind rounding."""
-    adapter = lab.attach(*case, **settings)
-    lab.shaken(adapter)
-    adapter.model.double()
-    return adapter
-
-
-def _loop(lab: Any, adapter: AttachedAdapter, case: Case, records: Sequence[Any]) -> torch.Tensor:
-    """The naive twin: each record by itself, without padding, hooks or neighbours. Rows are gradients."""
-    rows = []
-    for record in records:
-        adapter.model.zero_grad()
-        lab.losses(adapter.model, lab.batch(*case[:2], [record])).sum().backward()
-        rows.append(_flat(adapter))
-    adapter.model.zero_grad()
-    return torch.stack(rows)
-
-
-def _clipped(rows: torch.Tensor, clip: float) -> torch.Tensor:
-    """Sum of rows, each scaled down to norm ``clip``."""
-    total = torch.zeros_like(rows[0])
-    for row in rows:
-        norm = float(row.norm())
-        total += row * (clip / norm if norm > clip else 1.0)
-    return total
-
-
-def _sum(
-    lab: Any,
-    adapter: AttachedAdapter,
-    case: Case,
-    batches: Sequence[Sequence[Any]],
-    clip: float,
-    scale: Sequence[float] = (),
-) -> torch.Tensor:
-    """What the engine adds up over ``batches``; ``scale`` multiplies the losses of the first batch."""
-    with ClippedGradients(adapter.model, adapter.trainables(), clip) as engine:
-        for index, batch in enumerate(batches):
-            losses = lab.losses(adapter.model, lab.batch(*case[:2], batch))
-            if scale and index == 0:
-                losses = losses * torch.tensor(scale, dtype=losses.dtype)
-            engine.add(losses)
-        engine.release(0.0, 1.0, _stream())
-        return _flat(adapter)
-
-
-def _close(got: torch.Tensor, want: torch.Tensor, relative: float = 1e-9) -> None:
-    assert got.dtype == want.dtype
-    assert float((got - want).norm()) <= relative * float(want.norm())
-
-
-# --- exactness -----------------------------------------------------------------------------------------------------
-
-
-def test_the_clipped_sum_is_that_of_a_loop_over_examples(lab: Any, exact: Case) -> None:
-    adapter = _double(lab, exact)
-    records = lab.records(*exact[:2], LENGTHS)
-    rows = _loop(lab, adapter, exact, records)
-    norms = rows.norm(dim=1)
-    clip = float(norms.median())
-    # Some are clipped and some are not, or half of the rule would go untested.
-    assert (norms > 1.01 * clip).any() and (norms < 0.99 * clip).any()
-    _close(_sum(lab, adapter, exact, [records], clip), _clipped(rows, clip))
-
-
-def test_micro_batches_add_up_to_one_batch(lab: Any, exact: Case) -> None:
-    adapter = _double(lab, exact)
-    records = lab.records(*exact[:2], LENGTHS)
-    rows = _loop(lab, adapter, exact, records)
-    clip = float(rows.norm(dim=1).median())
-    _close(_sum(lab, adapter, exact, [records[:2], records[2:4], records[4:]], clip), _clipped(rows, clip))
-
-
-@pytest.mark.parametrize("method", ["lora", "bitfit", "ln"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit"])
-def test_reentrant_checkpointing_changes_nothing(lab: Any, family: str, method: str) -> None:
-    # T5 has no biases: its stand-in is another scale of LoRA.
-    method = "rslora" if (family, method) == ("t5", "bitfit") else method
-    task = "image-classification" if family == "vit" else TEXT
-    case = (family, task, method)
-    adapter = _double(lab, case)
-    records = lab.records(family, task, LENGTHS)
-    rows = _loop(lab, adapter, case, records)
-    clip = float(rows.norm(dim=1).median())
-    recomputed = _checkpointed(adapter, reentrant=True)
-    _close(_sum(lab, adapter, case, [records[:3], records[3:]], clip), _clipped(rows, clip))
-    assert recomputed, "no layer was run a second time: checkpointing was not on"
-
-
-def _checkpointed(adapter: AttachedAdapter, *, reentrant: bool) -> list[nn.Module]:
-    """Switch checkpointing on without dropout; the list fills with modules that run under no_grad, to run again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model: Any = adapter.model
-    # The second run of a layer would find the keys of the first in the cache.
-    model.get_base_model().config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    first: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            for inner in module.modules():
-                inner.register_forward_hook(lambda m, *_: first.append(m) if not torch.is_grad_enabled() else None)
-    return first
-
-
-def test_other_checkpointing_is_refused_not_wrong(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    _checkpointed(adapter, reentrant=False)
-    with pytest.raises(UserError, match=r"lora_A\.default\.weight got no per-sample gradient.*must be reentrant"):
-        _sum(lab, adapter, (*BERT, "lora"), [lab.records(*BERT, LENGTHS)], 1.0)
-
-
-def test_bf16_autocast_keeps_the_bound_in_float32(lab: Any, exact: Case) -> None:
-    """Activations are rounded; norms, scales, sums and noise are not, also when `add` runs inside the autocast."""
-    adapter = lab.attach(*exact)
-    lab.shaken(adapter)
-    records = lab.records(*exact[:2], LENGTHS)
-    batch = lab.batch(*exact[:2], records)
-    rows = _loop(lab, adapter, exact, records)
-    clip = 0.1 * float(rows.norm(dim=1).min())
-    with ClippedGradients(adapter.model, adapter.trainables(), clip) as engine:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            engine.add(lab.losses(adapter.model, batch))
-        engine.release(0.0, 1.0, _stream())
-        got = _flat(adapter)
-        for row in range(len(records)):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                engine.add(lab.losses(adapter.model, lab.batch(*exact[:2], [records[row]])))
-            engine.release(0.0, 1.0, _stream())
-            assert float(_flat(adapter).norm()) == pytest.approx(clip, rel=1e-5)
-    assert got.dtype == torch.float32
-    _close(got, _clipped(rows, clip), relative=0.1)
-
-
-def test_convolutions_are_exact(lab: Any) -> None:
-    case = ("vit", "image-classification", "lora")
-    adapter = _double(lab, case, target_modules=("projection", "q_proj"))
-    assert any("patch_embeddings.projection" in name for name in adapter.trainables())
-    records = lab.records(*case[:2], LENGTHS)
-    rows = _loop(lab, adapter, case, records)
-    clip = float(rows.norm(dim=1).median())
-    _close(_sum(lab, adapter, case, [records], clip), _clipped(rows, clip))
-
-
-def test_a_frozen_factor_is_left_out_and_the_rest_is_exact(lab: Any) -> None:
-    case = (*BERT, "lora")
-    adapter = _double(lab, case)
-    frozen = {pair.a for pair in adapter.spec.pairs}
-    adapter.adopt(adapter.spec.with_policy("freeze", lambda tensor: tensor.name in frozen))
-    assert set(adapter.trainables()) == set(adapter.spec.names) - frozen
-    records = lab.records(*BERT, LENGTHS)
-    rows = _loop(lab, adapter, case, records)
-    clip = float(rows.norm(dim=1).median())
-    _close(_sum(lab, adapter, case, [records], clip), _clipped(rows, clip))
-    assert all(p.grad is None for n, p in adapter.model.named_parameters() if n in frozen)
-
-
-def test_lora_dropout_is_exact_for_the_masks_that_were_drawn(lab: Any) -> None:
-    case = (*BERT, "lora")
-    adapter = _double(lab, case, dropout=0.4)
-    batch = lab.batch(*BERT, lab.records(*BERT, LENGTHS))
-    for name, module in adapter.model.named_modules():
-        if ".lora_dropout" in name:
-            module.train()
-    parameters = list(adapter.trainables().values())
-    torch.manual_seed(0)
-    losses = lab.losses(adapter.model, batch)
-    rows = torch.stack(
-        [
-            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
-            for loss in losses
-        ]
-    )
-    clip = float(rows.norm(dim=1).median())
-    torch.manual_seed(0)
-    with ClippedGradients(adapter.model, adapter.trainables(), clip) as engine:
-        engine.add(lab.losses(adapter.model, batch))
-        engine.release(0.0, 1.0, _stream())
-        _close(_flat(adapter), _clipped(rows, clip))
-
-
-def test_a_layer_that_is_used_twice_counts_twice(lab: Any) -> None:
-    torch.manual_seed(0)
-    shared = nn.Linear(4, 4).double()
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shared = shared
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.shared(torch.tanh(self.shared(x)))
-
-    model, x = Twice(), torch.randn(5, 4, dtype=torch.float64)
-    parameters = dict(model.named_parameters())
-    rows = []
-    for row in x:
-        rows.append(
-            torch.cat([g.reshape(-1) for g in torch.autograd.grad(model(row).sum(), list(parameters.values()))])
-        )
-    clip = float(torch.stack(rows).norm(dim=1).median())
-    with ClippedGradients(model, parameters, clip) as engine:
-        engine.add(model(x).sum(1))
-        engine.release(0.0, 1.0, _stream())
-        got = torch.cat([p.grad.reshape(-1) for p in parameters.values() if p.grad is not None])
-    _close(got, _clipped(torch.stack(rows), clip))
-
-
 # --- sensitivity ---------------------------------------------------------------------------------------------------
 
 
-def test_one_huge_example_counts_no_more_than_the_bound_head_included(lab: Any, exact: Case) -> None:
-    adapter = _double(lab, exact)
-    record = lab.records(*exact[:2], (7,))
-    got = _sum(lab, adapter, exact, [record], 0.7, scale=(1e12,))
+def test_one_huge_example_counts_no_more_than_the_bound_head_included(lab: Any, fitting: Case) -> None:
+    adapter = lab.double(fitting)
+    record = lab.records(*fitting[:2], (7,))
+    got = lab.summed(adapter, fitting, [record], 0.7, scale=(1e12,))
     assert float(got.norm()) == pytest.approx(0.7, rel=1e-9)
-    if exact[1] != "causal-lm":
+    if fitting[1] != "causal-lm":
         head = [t for t in adapter.spec.tensors if t.role == "head"]
         at = 0
         squares = {}
@@ -266,64 +45,150 @@ def test_one_huge_example_counts_no_more_than_the_bound_head_included(lab: Any, 
         assert sum(squares[t.name] for t in head) > 1e-4 * 0.7**2
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "ln", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "ia3", "ln", "prefix", "prompt"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_neighbours_differ_by_no_more_than_the_bound(lab: Any, family: str, method: str) -> None:
     """Add or remove one crafted record; the rest must not so much as notice."""
-    case, clip = (family, TEXT, method), 0.5
-    adapter = _double(lab, case)
-    rest = lab.records(family, TEXT, LENGTHS)
-    long = lab.records(family, TEXT, (40,), seed=1)
+    case, clip = (family, "causal-lm" if (family, method) == ("gpt2", "prompt") else TEXT, method), 0.5
+    adapter = lab.double(case)
+    rest = lab.records(*case[:2], lab.lengths)
+    long = lab.records(*case[:2], (40,), seed=1)
     twin = [rest[1]]
-    opposite = [{**rest[1], "label": (rest[1]["label"] + 1) % 3}]
-    base = _sum(lab, adapter, case, [rest], clip)
-    for extra, scale in ((long, 1.0), (twin, 1.0), (opposite, 1.0), (long, 1e9), (long, -1e9), (twin, 1e-9)):
+    base = lab.summed(adapter, case, [rest], clip)
+    crafted = [(long, 1.0), (twin, 1.0), (long, 1e9), (long, -1e9), (twin, 1e-9)]
+    if "label" in rest[1]:
+        crafted.append(([{**rest[1], "label": (rest[1]["label"] + 1) % 3}], 1.0))
+    for extra, scale in crafted:
         for batches in ([[*extra, *rest]], [extra, rest]):
             weights = [scale, *[1.0] * (len(batches[0]) - 1)]
-            moved = _sum(lab, adapter, case, batches, clip, scale=weights)
+            moved = lab.summed(adapter, case, batches, clip, scale=weights)
             change = float((moved - base).norm())
             assert change <= clip * (1 + 1e-6)
             # A record that is cut to the bound moves the sum by all of it: the bound is not kept by doing nothing.
             if abs(scale) > 1:
                 assert change == pytest.approx(clip, rel=1e-6)
-    alone = _sum(lab, adapter, case, [long], clip, scale=(1e9,))
+    alone = lab.summed(adapter, case, [long], clip, scale=(1e9,))
     assert float(alone.norm()) <= clip * (1 + 1e-6)
 
 
-def test_the_mean_loss_of_a_batch_is_refused(lab: Any) -> None:
-    adapter = lab.attach(*BERT, "lora")
-    batch = lab.batch(*BERT, lab.records(*BERT, LENGTHS))
-    with ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine:
+@both
+def test_the_mean_loss_of_a_batch_is_refused(lab: Any, engine: str) -> None:
+    adapter = lab.attach(*LORA)
+    batch = lab.batch(*BERT, lab.records(*BERT, lab.lengths))
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
         for reduce in (torch.mean, lambda losses: losses[:, None]):
+            made.expect(5)
             with pytest.raises(UserError, match=r"loss of shape \[.*\]; under DP it must be one number an example"):
-                engine.add(reduce(lab.losses(adapter.model, batch)))
+                made.add(reduce(lab.losses(adapter.model, batch)))
 
 
-def test_losses_that_were_averaged_in_groups_are_refused(lab: Any) -> None:
-    adapter = lab.attach(*BERT, "lora")
+@both
+def test_losses_that_were_averaged_in_groups_are_refused(lab: Any, engine: str) -> None:
+    adapter = lab.attach(*LORA)
     batch = lab.batch(*BERT, lab.records(*BERT, (3, 4, 5, 6)))
-    with (
-        ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine,
-        pytest.raises(UserError, match="does not have one row for each of the 2 examples"),
-    ):
-        engine.add(lab.losses(adapter.model, batch).reshape(2, 2).mean(1))
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
+        made.expect(4)
+        with pytest.raises(UserError, match="gave 2 losses for 4 examples"):
+            made.add(lab.losses(adapter.model, batch).reshape(2, 2).mean(1))
+
+
+@both
+def test_a_mean_that_is_told_to_every_example_is_refused(lab: Any, engine: str) -> None:
+    """The shape is right, but each loss hangs on all rows."""
+    adapter = lab.attach(*LORA)
+    lab.shaken(adapter)
+    batch = lab.batch(*BERT, lab.records(*BERT, lab.lengths))
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
+        made.expect(5)
+        with pytest.raises(UserError, match="no exact per-sample gradient"):
+            made.add(lab.losses(adapter.model, batch).mean().expand(5))
+
+
+# --- units ---------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_rows_of_one_unit_are_summed_and_then_clipped_once(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, (3, 11, 1, 6, 8, 2))
+    units = [7, 2, 7, 5, 2, 7]
+    rows = lab.rows(adapter, LORA, records)
+    sums = torch.stack([rows[[0, 2, 5]].sum(0), rows[[1, 4]].sum(0), rows[3]])
+    clip = float(sums.norm(dim=1).median())
+    with create_engine(engine, adapter.model, adapter.trainables(), clip) as made:
+        lab.add(made, adapter, LORA, records, units=units)
+        assert (made.within, made.over) == (
+            int((sums.norm(dim=1) <= clip).sum()),
+            int((sums.norm(dim=1) > clip).sum()),
+        )
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), lab.clipped(sums, clip))
+        assert (made.within, made.over) == (0, 0)
+
+
+@both
+def test_a_row_that_is_not_finite_leaves_the_rest_of_its_unit_alone(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, (3, 11, 1, 6))
+    rows = lab.rows(adapter, LORA, records)
+    nan = float("nan")
+    with create_engine(engine, adapter.model, adapter.trainables(), 0.1) as made:
+        lab.add(made, adapter, LORA, records, scale=(1.0, nan, 1.0, nan), units=[0, 0, 1, 2])
+        # The unit that has no row left counts nowhere.
+        assert (made.skipped, made.within, made.over) == (2, 0, 2)
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), lab.clipped(rows[[0, 2]], 0.1))
+
+
+@both
+def test_units_within_and_over_the_bound_are_counted_until_the_release(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    norms = lab.rows(adapter, LORA, records).norm(dim=1)
+    clip = float(norms.sort().values[1]) * (1 + 1e-9)
+    with create_engine(engine, adapter.model, adapter.trainables(), clip) as made:
+        for records_of_one in (records[:2], records[2:]):
+            lab.add(made, adapter, LORA, records_of_one)
+        assert (made.within, made.over) == (2, 3)
+        made.release(0.0, 1.0, _stream())
+        made.clip = 2 * float(norms.max())
+        lab.add(made, adapter, LORA, records)
+        assert (made.within, made.over) == (5, 0)
+
+
+def test_the_bound_may_change_between_steps(lab: Any) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    with create_engine("exact", adapter.model, adapter.trainables(), 1.0) as made:
+        for clip in (1.0, 0.01):
+            made.clip = clip
+            lab.add(made, adapter, LORA, records)
+            made.release(0.0, 1.0, _stream())
+            got = lab.flat(adapter.trainables())
+            lab.close(got, lab.clipped(lab.rows(adapter, LORA, records), clip))
+        made.release(2.0, 10.0, _stream("c"))
+        noise = torch.from_numpy(_stream("c").normal(adapter.spec.parameters))
+        lab.close(lab.flat(adapter.trainables()), 2.0 * 0.01 * noise / 10.0, relative=1e-12)
+        for wrong in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=r"privacy\.clip"):
+                made.clip = wrong
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", TEXT), ("vit", "image-classification")])
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "dora"])
 def test_noise_of_the_promised_size_is_on_every_coordinate(lab: Any, family: str, task: str, method: str) -> None:
     """Noise alone, many times: per tensor a two-sided chi-square test, the head like every other."""
     adapter = lab.attach(family, task, method)
     sigma, clip, expected, steps = 1.3, 0.5, 20.0, 60
     stream = _stream("noise", family, method)
     draws = []
-    with ClippedGradients(adapter.model, adapter.trainables(), clip) as engine:
+    with create_engine("exact", adapter.model, adapter.trainables(), clip) as engine:
         for _ in range(steps):
             engine.release(sigma, expected, stream)
-            draws.append(_flat(adapter).double().numpy() * expected / (sigma * clip))
+            draws.append(lab.flat(adapter.trainables()).double().numpy() * expected / (sigma * clip))
     z = np.stack(draws)
     assert z.shape == (steps, adapter.spec.parameters)
     at, roles = 0, set()
@@ -341,40 +206,43 @@ def test_noise_of_the_promised_size_is_on_every_coordinate(lab: Any, family: str
     assert stats.pearsonr(z[:, :-1].ravel(), z[:, 1:].ravel()).pvalue > 1e-5
 
 
-def test_the_release_is_the_sum_plus_the_noise_over_the_expected_batch(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    records = lab.records(*BERT, LENGTHS)
-    clean = _sum(lab, adapter, (*BERT, "lora"), [records], 0.5)
-    with ClippedGradients(adapter.model, adapter.trainables(), 0.5) as engine:
-        engine.add(lab.losses(adapter.model, lab.batch(*BERT, records)))
-        engine.release(2.0, 40.0, _stream("a"))
-        got = _flat(adapter)
+@both
+def test_the_release_is_the_sum_plus_the_noise_over_the_expected_batch(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    clean = lab.summed(adapter, LORA, [records], 0.5, engine=engine)
+    with create_engine(engine, adapter.model, adapter.trainables(), 0.5) as made:
+        lab.add(made, adapter, LORA, records)
+        made.release(2.0, 40.0, _stream("a"))
+        got = lab.flat(adapter.trainables())
     noise = torch.from_numpy(_stream("a").normal(adapter.spec.parameters))
     # Divided by the expected size: the actual one is a secret.
-    _close(got, (clean + 2.0 * 0.5 * noise) / 40.0, relative=1e-12)
+    lab.close(got, (clean + 2.0 * 0.5 * noise) / 40.0, relative=1e-12)
 
 
-def test_an_empty_batch_is_a_step_of_noise_alone(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    with ClippedGradients(adapter.model, adapter.trainables(), 0.5) as engine:
-        engine.release(2.0, 10.0, _stream("b"))
-        untouched = _flat(adapter)
-        engine.add(torch.zeros(0, dtype=torch.float64))
-        engine.release(2.0, 10.0, _stream("b"))
-        assert torch.equal(_flat(adapter), untouched)
+@both
+def test_an_empty_batch_is_a_step_of_noise_alone(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    with create_engine(engine, adapter.model, adapter.trainables(), 0.5) as made:
+        made.release(2.0, 10.0, _stream("b"))
+        untouched = lab.flat(adapter.trainables())
+        made.add(torch.zeros(0, dtype=torch.float64))
+        made.release(2.0, 10.0, _stream("b"))
+        assert torch.equal(lab.flat(adapter.trainables()), untouched)
     noise = torch.from_numpy(_stream("b").normal(adapter.spec.parameters))
-    _close(untouched, 2.0 * 0.5 * noise / 10.0, relative=1e-12)
+    lab.close(untouched, 2.0 * 0.5 * noise / 10.0, relative=1e-12)
 
 
-def test_a_release_forgets_what_it_released(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    case, records = (*BERT, "lora"), lab.records(*BERT, LENGTHS)
-    once = _sum(lab, adapter, case, [records], 1.0)
-    with ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine:
+@both
+def test_a_release_forgets_what_it_released(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    once = lab.summed(adapter, LORA, [records], 1.0, engine=engine)
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
         for _ in range(3):
-            engine.add(lab.losses(adapter.model, lab.batch(*BERT, records)))
-            engine.release(0.0, 1.0, _stream())
-            _close(_flat(adapter), once, relative=1e-12)
+            lab.add(made, adapter, LORA, records)
+            made.release(0.0, 1.0, _stream())
+            lab.close(lab.flat(adapter.trainables()), once, relative=1e-12)
             with torch.no_grad():
                 # What an optimiser does between releases must not reach the next one.
                 for parameter in adapter.trainables().values():
@@ -385,9 +253,9 @@ def test_a_release_forgets_what_it_released(lab: Any) -> None:
     ("noise", "expected"), [(-1.0, 10.0), (float("nan"), 10.0), (float("inf"), 10.0), (1.0, 0.0), (1.0, -3.0)]
 )
 def test_a_release_without_meaning_is_refused(lab: Any, noise: float, expected: float) -> None:
-    adapter = lab.attach(*BERT, "lora")
+    adapter = lab.attach(*LORA)
     with (
-        ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine,
+        create_engine("exact", adapter.model, adapter.trainables(), 1.0) as engine,
         pytest.raises(ValueError, match="makes no sense"),
     ):
         engine.release(noise, expected, _stream())
@@ -396,99 +264,113 @@ def test_a_release_without_meaning_is_refused(lab: Any, noise: float, expected: 
 # --- rows that are no numbers --------------------------------------------------------------------------------------
 
 
+@both
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_are_left_out_and_counted(lab: Any, bad: float) -> None:
-    case = (*BERT, "lora")
-    adapter = _double(lab, case)
-    records = lab.records(*BERT, LENGTHS)
-    rows = _loop(lab, adapter, case, records)
-    with ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine:
-        losses = lab.losses(adapter.model, lab.batch(*BERT, records))
-        engine.add(losses * torch.tensor([1.0, bad, 1.0, 1.0, bad], dtype=losses.dtype))
-        assert engine.skipped == 2
-        engine.release(0.0, 1.0, _stream())
-        _close(_flat(adapter), _clipped(rows[[0, 2, 3]], 1.0))
+def test_rows_that_are_not_finite_are_left_out_and_counted(lab: Any, bad: float, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    rows = lab.rows(adapter, LORA, records)
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
+        lab.add(made, adapter, LORA, records, scale=(1.0, bad, 1.0, 1.0, bad))
+        assert made.skipped == 2
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), lab.clipped(rows[[0, 2, 3]], 1.0))
 
 
-def test_a_gradient_too_large_for_its_norm_is_left_out(lab: Any) -> None:
+def test_a_row_that_is_not_finite_spoils_no_other_in_any_method(lab: Any, fitting: Case) -> None:
+    adapter = lab.double(fitting)
+    records = lab.records(*fitting[:2], lab.lengths)
+    rows = lab.rows(adapter, fitting, records)
+    with create_engine("exact", adapter.model, adapter.trainables(), 1.0) as made:
+        lab.add(made, adapter, fitting, records, scale=(1.0, float("nan"), 1.0, 1.0, 1.0))
+        assert made.skipped == 1
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), lab.clipped(rows[[0, 2, 3, 4]], 1.0))
+
+
+@both
+def test_a_gradient_too_large_for_its_norm_is_left_out(lab: Any, engine: str) -> None:
     """In float32 a norm overflows before its entries do; the row must not come through unclipped."""
-    adapter = lab.attach(*BERT, "lora")
+    adapter = lab.attach(*LORA)
     lab.shaken(adapter)
-    got = _sum(lab, adapter, (*BERT, "lora"), [lab.records(*BERT, LENGTHS)], 1.0, scale=(1.0, 1e30, 1.0, 1.0, 1.0))
+    batches = [lab.records(*BERT, lab.lengths)]
+    got = lab.summed(adapter, LORA, batches, 1.0, scale=(1.0, 1e30, 1.0, 1.0, 1.0), engine=engine)
     assert torch.isfinite(got).all()
     assert float(got.norm()) <= 4.0 * (1 + 1e-6)
 
 
-def test_a_gradient_of_zero_stays_zero(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    got = _sum(lab, adapter, (*BERT, "lora"), [lab.records(*BERT, (3, 4))], 1.0, scale=(0.0, 0.0))
+@both
+def test_a_gradient_of_zero_stays_zero(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    got = lab.summed(adapter, LORA, [lab.records(*BERT, (3, 4))], 1.0, scale=(0.0, 0.0), engine=engine)
     assert torch.equal(got, torch.zeros_like(got))
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "names"),
-    [
-        ("bert", "dora", "query.lora_A.default.weight"),
-        ("gpt2", "dora", "c_attn.lora_A.default.weight"),
-        ("bert", "ia3", "key.ia3_l.default"),
-        ("t5", "ia3", "ia3_l.default"),
-        ("bert", "prompt", "prompt_encoder.default.embedding.weight"),
-    ],
-)
-def test_methods_without_exact_gradients_are_refused_by_tensor(lab: Any, family: str, method: str, names: str) -> None:
-    adapter = lab.attach(family, TEXT, method)
-    with pytest.raises(UserError) as refusal:
-        ClippedGradients(adapter.model, adapter.trainables(), 1.0)
-    text = str(refusal.value)
-    assert names in text and "no exact per-sample gradient" in text and "choose lora" in text
-    assert "\n" not in text
-    named = text.split()[1]
-    assert named in adapter.trainables()
-
-
-def test_every_method_says_whether_it_can_be_private(lab: Any, fitting: Case) -> None:
-    """The word in the registry and the check in the engine agree."""
+def test_every_method_can_be_private_as_its_registry_entry_says(lab: Any, fitting: Case) -> None:
     from fedgraft.methods import create_method
 
     adapter = lab.attach(*fitting)
-    if create_method(fitting[2]).dp == "exact":
-        ClippedGradients(adapter.model, adapter.trainables(), 1.0)
-    else:
-        assert create_method(fitting[2]).dp.startswith("refused")
-        with pytest.raises(UserError, match="no exact per-sample gradient"):
-            ClippedGradients(adapter.model, adapter.trainables(), 1.0)
+    assert create_method(fitting[2]).dp == "exact"
+    require_exact(adapter.model, adapter.trainables())
 
 
-def test_a_trainable_that_is_not_listed_is_refused(lab: Any) -> None:
-    adapter = lab.attach(*BERT, "lora")
+@both
+def test_a_trainable_that_is_not_listed_is_refused(lab: Any, engine: str) -> None:
+    adapter = lab.attach(*LORA)
     for name in adapter.trainables():
         rest = {n: p for n, p in adapter.trainables().items() if n != name}
         with pytest.raises(UserError, match="it would escape clipping") as refusal:
-            ClippedGradients(adapter.model, rest, 1.0)
+            require_exact(adapter.model, rest, engine)
         assert name in str(refusal.value)
 
 
-def test_a_listed_tensor_that_is_frozen_or_foreign_is_refused(lab: Any) -> None:
-    adapter = lab.attach(*BERT, "lora")
+@both
+def test_a_listed_tensor_that_is_frozen_or_foreign_is_refused(lab: Any, engine: str) -> None:
+    adapter = lab.attach(*LORA)
     listed = adapter.trainables()
     first = next(iter(listed))
     listed[first].requires_grad_(False)
     with pytest.raises(UserError, match=f"tensor {first} is listed as trained but is frozen"):
-        ClippedGradients(adapter.model, listed, 1.0)
+        require_exact(adapter.model, listed, engine)
     with pytest.raises(UserError, match="no layer of the model owns it"):
-        ClippedGradients(adapter.model, {**adapter.trainables(), "stranger": nn.Parameter(torch.zeros(3))}, 1.0)
+        require_exact(adapter.model, {**adapter.trainables(), "stranger": nn.Parameter(torch.zeros(3))}, engine)
     with pytest.raises(UserError, match="nothing to clip"):
-        ClippedGradients(nn.Linear(2, 2).requires_grad_(False), {}, 1.0)
+        require_exact(nn.Linear(2, 2).requires_grad_(False), {}, engine)
+    twice = {**adapter.trainables(), "again": next(iter(adapter.trainables().values()))}
+    with pytest.raises(UserError, match="under two names"):
+        require_exact(adapter.model, twice, engine)
 
 
+@both
+def test_a_hook_that_would_see_what_is_not_clipped_is_refused(lab: Any, engine: str) -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        adapter = lab.attach(*LORA)
+        name, parameter = next(iter(adapter.trainables().items()))
+        handle = getattr(parameter, register)(lambda *_: None)
+        with pytest.raises(UserError, match=f"tensor {name} has a gradient hook"):
+            require_exact(adapter.model, adapter.trainables(), engine)
+        handle.remove()
+        require_exact(adapter.model, adapter.trainables(), engine)
+
+
+@both
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_bound_that_is_none_is_refused(lab: Any, clip: float) -> None:
-    adapter = lab.attach(*BERT, "lora")
+def test_a_bound_that_is_none_is_refused(lab: Any, clip: float, engine: str) -> None:
+    adapter = lab.attach(*LORA)
     with pytest.raises(UserError, match=r"privacy\.clip"):
-        ClippedGradients(adapter.model, adapter.trainables(), clip)
+        create_engine(engine, adapter.model, adapter.trainables(), clip)
+
+
+def test_an_engine_that_is_none_is_refused_with_those_there_are(lab: Any) -> None:
+    adapter = lab.attach(*LORA)
+    with pytest.raises(UserError, match=r"privacy\.engine is `ghost`; there are exact, opacus"):
+        create_engine("ghost", adapter.model, adapter.trainables(), 1.0)
+    with pytest.raises(UserError, match=r"privacy\.engine is `ghost`"):
+        require_exact(adapter.model, adapter.trainables(), "ghost")
+    assert list(ENGINES) == ["exact", "opacus"]
 
 
 class _Toy(nn.Module):
@@ -504,33 +386,23 @@ class _Toy(nn.Module):
         return self.last(self.between(x))[:, 0]
 
 
-def test_two_layers_that_share_a_tensor_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    with pytest.raises(UserError, match="two layers share it"):
-        ClippedGradients(model, dict(model.named_parameters()), 1.0)
-
-
-def test_layers_without_an_exact_rule_are_refused() -> None:
-    for layer in (nn.Embedding(5, 4), nn.GRU(4, 4), nn.Bilinear(4, 4, 4), nn.PReLU(), nn.BatchNorm1d(4)):
-        with pytest.raises(UserError, match=f"its layer is {type(layer).__name__}"):
-            ClippedGradients(layer, dict(layer.named_parameters()), 1.0)
-
-
-def test_batch_statistics_never_leave_without_noise() -> None:
+@both
+def test_batch_statistics_never_leave_without_noise(engine: str) -> None:
     """A frozen BatchNorm in training mode mixes the records and moves its running mean."""
     model, x = _Toy(nn.BatchNorm1d(4)), torch.randn(6, 4)
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    with ClippedGradients(model, trainables, 1.0) as engine:
+    with create_engine(engine, model, trainables, 1.0) as made:
         model.eval()
         model.last.train()
-        engine.add(model(x))
+        made.expect(6)
+        made.add(model(x))
         model.between.train()
+        made.expect(6)
         with pytest.raises(UserError, match="layer between keeps statistics of the batch"):
-            engine.add(model(x))
+            made.add(model(x))
     model = _Toy(nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(UserError, match=r"layer between \(BatchNorm1d\) normalises over the batch"):
-        ClippedGradients(model, {n: p for n, p in model.named_parameters() if p.requires_grad}, 1.0)
+        require_exact(model, {n: p for n, p in model.named_parameters() if p.requires_grad}, engine)
 
 
 class _Mixed(nn.Module):
@@ -566,15 +438,29 @@ class _Once(nn.Module):
         return (self.layer(x) * self.layer(torch.ones(1, 4)))[:, 0]
 
 
-@pytest.mark.parametrize("kind", [_Mixed, _Behind, _Once])
-def test_rows_that_the_hooks_got_wrong_are_found_on_the_first_batch(kind: type[nn.Module]) -> None:
+class _Centred(nn.Module):
+    """Takes the mean of the batch off every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layer(x))
+        return self.last(hidden - hidden.mean(0))[:, 0] ** 2
+
+
+@both
+@pytest.mark.parametrize("kind", [_Mixed, _Behind, _Once, _Centred])
+def test_rows_that_are_not_their_examples_own_are_found_on_the_first_batch(kind: type[nn.Module], engine: str) -> None:
     torch.manual_seed(0)
     model = kind()
-    with (
-        ClippedGradients(model, dict(model.named_parameters()), 1.0) as engine,
-        pytest.raises(UserError, match="the hooks gave another gradient than its example alone"),
-    ):
-        engine.add(model(torch.randn(6, 4)))
+    parameters = dict(model.named_parameters())
+    with create_engine(engine, model, parameters, 1.0) as made:
+        made.expect(6)
+        with pytest.raises(UserError, match="cannot be trained with privacy") as refusal:
+            made.add(model(torch.randn(6, 4)))
+    assert any(name in str(refusal.value) for name in parameters)
 
 
 # --- what is left behind -------------------------------------------------------------------------------------------
@@ -589,22 +475,22 @@ def _footprint(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return marks
 
 
-def test_nothing_is_left_behind(lab: Any, exact: Case) -> None:
-    adapter = lab.attach(*exact)
+def _leaves_nothing(lab: Any, case: Case, engine: str) -> None:
+    adapter = lab.attach(*case)
     lab.shaken(adapter)
-    model, records = adapter.model, lab.records(*exact[:2], LENGTHS)
-    batch = lab.batch(*exact[:2], records)
+    model, records = adapter.model, lab.records(*case[:2], lab.lengths)
+    batch = lab.batch(*case[:2], records)
     before, names = _footprint(model), [n for n, _ in model.named_parameters()]
     with torch.no_grad():
         want = lab.losses(model, batch)
     results = []
     for _ in range(2):
-        engine = ClippedGradients(model, adapter.trainables(), 1.0)
+        made = create_engine(engine, model, adapter.trainables(), 1.0)
         for _ in range(2):
-            with engine:
-                engine.add(lab.losses(model, batch))
-                engine.release(1.0, 5.0, _stream("left"))
-                results.append(_flat(adapter))
+            with made:
+                lab.add(made, adapter, case, records)
+                made.release(1.0, 5.0, _stream("left"))
+                results.append(lab.flat(adapter.trainables()))
             assert _footprint(model) == before
             assert all(p.grad is None for p in model.parameters())
     assert [n for n, _ in model.named_parameters()] == names
@@ -614,56 +500,59 @@ def test_nothing_is_left_behind(lab: Any, exact: Case) -> None:
     # Plain training still works, and is not hooked.
     lab.losses(model, batch).sum().backward()
     assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    assert all(p.grad is not None for p in adapter.trainables().values())
 
 
-def test_a_failure_inside_leaves_nothing_behind_and_nothing_in_the_next_sum(lab: Any) -> None:
-    case = (*BERT, "lora")
-    adapter = _double(lab, case)
-    records = lab.records(*BERT, LENGTHS)
-    want, before = _sum(lab, adapter, case, [records], 1.0), _footprint(adapter.model)
-    engine = ClippedGradients(adapter.model, adapter.trainables(), 1.0)
+def test_nothing_is_left_behind(lab: Any, fitting: Case) -> None:
+    _leaves_nothing(lab, fitting, "exact")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "prefix"])
+def test_opacus_leaves_nothing_behind(lab: Any, method: str) -> None:
+    _leaves_nothing(lab, (*BERT, method), "opacus")
+
+
+@both
+def test_a_failure_inside_leaves_nothing_behind_and_nothing_in_the_next_sum(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    want, before = lab.summed(adapter, LORA, [records], 1.0, engine=engine), _footprint(adapter.model)
+    made = create_engine(engine, adapter.model, adapter.trainables(), 1.0)
 
     def interrupted() -> None:
-        with engine:
-            engine.add(lab.losses(adapter.model, lab.batch(*BERT, records)))
+        with made:
+            lab.add(made, adapter, LORA, records)
+            made.expect(5)
             lab.losses(adapter.model, lab.batch(*BERT, records))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert _footprint(adapter.model) == before
-    with engine:
-        engine.add(lab.losses(adapter.model, lab.batch(*BERT, records)))
-        engine.release(0.0, 1.0, _stream())
-        _close(_flat(adapter), want, relative=1e-12)
+    with made:
+        lab.add(made, adapter, LORA, records)
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), want, relative=1e-12)
 
 
-def test_a_forward_pass_without_its_backward_is_never_taken_for_another(lab: Any) -> None:
-    adapter = _double(lab, (*BERT, "lora"))
-    batch = lab.batch(*BERT, lab.records(*BERT, LENGTHS))
-    with ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine:
-        lab.losses(adapter.model, batch)
-        with pytest.raises(UserError, match="got no per-sample gradient"):
-            engine.add(lab.losses(adapter.model, batch))
-
-
-def test_evaluation_between_steps_changes_nothing(lab: Any) -> None:
-    case = (*BERT, "lora")
-    adapter = _double(lab, case)
-    records = lab.records(*BERT, LENGTHS)
-    want = _sum(lab, adapter, case, [records], 1.0)
-    with ClippedGradients(adapter.model, adapter.trainables(), 1.0) as engine:
+@both
+def test_evaluation_between_steps_changes_nothing(lab: Any, engine: str) -> None:
+    adapter = lab.double(LORA)
+    records = lab.records(*BERT, lab.lengths)
+    want = lab.summed(adapter, LORA, [records], 1.0, engine=engine)
+    with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
         with torch.no_grad():
             lab.losses(adapter.model, lab.batch(*BERT, records[:2]))
-        engine.add(lab.losses(adapter.model, lab.batch(*BERT, records)))
+        lab.add(made, adapter, LORA, records)
         with torch.no_grad():
             lab.losses(adapter.model, lab.batch(*BERT, records[:1]))
-        engine.release(0.0, 1.0, _stream())
-        _close(_flat(adapter), want, relative=1e-12)
+        made.release(0.0, 1.0, _stream())
+        lab.close(lab.flat(adapter.trainables()), want, relative=1e-12)
 
 
-def test_outside_its_context_it_refuses(lab: Any) -> None:
-    adapter = lab.attach(*BERT, "lora")
-    engine = ClippedGradients(adapter.model, adapter.trainables(), 1.0)
-    with pytest.raises(UserError, match="got no per-sample gradient"):
-        engine.add(lab.losses(adapter.model, lab.batch(*BERT, lab.records(*BERT, LENGTHS))))
+@both
+def test_outside_its_context_it_refuses(lab: Any, engine: str) -> None:
+    adapter = lab.attach(*LORA)
+    made = create_engine(engine, adapter.model, adapter.trainables(), 1.0)
+    with pytest.raises(UserError, match=r"got no per-sample gradient|no exact per-sample gradient"):
+        lab.add(made, adapter, LORA, lab.records(*BERT, lab.lengths))
