@@ -130,6 +130,16 @@ def epsilon(events: tuple[Event, ...], delta: float, neighbours: str = "add_remo
     return (_epsilon_pld if accountant == "pld" else _epsilon_rdp)(merged(events), delta, neighbours)
 
 
+def rough_epsilon(
+    events: tuple[Event, ...], delta: float, neighbours: str = "add_remove", accountant: str = "pld"
+) -> float:
+    """:func:`epsilon`, or a little more, for searches: up to ten times as fast, an upper bound all the same."""
+    if accountant != "pld" or not events:
+        return epsilon(events, delta, neighbours, accountant)
+    require_known(neighbours, accountant)
+    return _epsilon_pld(merged(events), delta, neighbours, roughly=True)
+
+
 def require_known(neighbours: str, accountant: str) -> None:
     """Raise :class:`UserError` unless there is such a relation and such an accountant."""
     if neighbours not in NEIGHBOURS:
@@ -280,14 +290,13 @@ def calibrate_noise(
     ``epsilon((*spent, Event(result, sampling_rate, steps, ...)), delta, ...) <= target``; see :func:`epsilon`.
     """
 
-    def after(noise: float, roughly: bool = True) -> float:
-        events = (*spent, Event(noise, sampling_rate, steps, units, max_batch))
-        if roughly and accountant == "pld":
-            return _epsilon_pld(merged(events), delta, neighbours, roughly=True)
-        return epsilon(events, delta, neighbours, accountant)
+    def events(noise: float) -> tuple[Event, ...]:
+        return (*spent, Event(noise, sampling_rate, steps, units, max_batch))
 
-    epsilon(spent, delta, neighbours, accountant)  # refuses what cannot be chosen
+    def after(noise: float) -> float:
+        return rough_epsilon(events(noise), delta, neighbours, accountant)
 
+    require_known(neighbours, accountant)
     upper = 1.6  # halves down to MIN_NOISE; small noise is slow to account for, so the search comes from above
     while upper > MIN_NOISE and after(upper / 2) <= target:
         upper /= 2
@@ -308,7 +317,7 @@ def calibrate_noise(
         return math.log(min(max(after(math.exp(log_noise)), 1e-12), 1e6) / target)
 
     found = math.exp(brentq(excess, math.log(upper / 2), math.log(upper), xtol=_TOLERANCE / upper))
-    while after(found, roughly=False) > target:
+    while epsilon(events(found), delta, neighbours, accountant) > target:
         found += _TOLERANCE / 2
     return found
 

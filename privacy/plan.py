@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..core.config import PrivacyConfig, RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
-from .accounting import MIN_NOISE, Event, above, calibrate_noise, epsilon, require_known
+from .accounting import MIN_NOISE, Event, above, calibrate_noise, epsilon, require_known, rough_epsilon
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -289,10 +290,10 @@ def _noise(config: RunConfig, turns: Turns, first_step: int, steps: int, spent: 
     """The noise for the rest of a run; see :meth:`PrivacyPlan.for_run`."""
     privacy = config.privacy
 
-    def keeps(noise: float) -> bool:
+    def keeps(noise: float, spends: Callable[..., float] = epsilon) -> bool:
         left = turns.begun(noise, first_step, steps, spent)
         events = (*spent, turns.event(noise, left)) if left else spent
-        return epsilon(events, privacy.delta, privacy.neighbours, privacy.accountant) <= privacy.epsilon
+        return spends(events, privacy.delta, privacy.neighbours, privacy.accountant) <= privacy.epsilon
 
     def least(left: int) -> float:
         if not left:
@@ -311,7 +312,7 @@ def _noise(config: RunConfig, turns: Turns, first_step: int, steps: int, spent: 
         )
 
     last = turns.last(spent)
-    if last is not None and keeps(last) and (last / _NEAR < MIN_NOISE or not keeps(last / _NEAR)):
+    if last is not None and keeps(last) and (last / _NEAR < MIN_NOISE or not keeps(last / _NEAR, rough_epsilon)):
         return last
     paid = turns.paid(spent)
     noise = least(turns.begun(math.inf, first_step, steps, spent))
