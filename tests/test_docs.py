@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedgraft
+from fedgraft.client.policy import TEMPLATE
 from fedgraft.core.config import RunConfig, known_keys
 from fedgraft.simulations.scenario import load_scenario, named, site_data
 from fedgraft.strategies import aggregator
@@ -41,6 +42,14 @@ def test_every_scenario_loads_and_has_data_for_every_site(name):
     config = load_scenario(name, ["data.max_per_class=50", "data.test_per_class=5"])
     assert isinstance(config, RunConfig) and config.privacy.enabled
     assert set(site_data(config)) == set(config.site_names)
+
+
+def test_the_policy_that_is_explained_is_the_one_that_is_printed():
+    page = (ROOT / "docs" / "site-policy.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert example == TEMPLATE
+    (number,) = re.findall(r"line (\d+) \(max_epsilon = 8\)", page)
+    assert TEMPLATE.splitlines()[int(number) - 1].startswith("max_epsilon = 8.0 ")
 
 
 def test_the_files_that_the_readme_names_exist():
