@@ -247,6 +247,15 @@ def test_a_delta_below_what_the_arithmetic_can_vouch_for_is_refused_by_pld() -> 
     assert epsilon((event,), 1e-10, accountant="rdp") > epsilon((event,), 1e-8)
 
 
+def test_what_the_rounding_of_the_transforms_may_hide_is_paid_for() -> None:
+    plain = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    step = dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(1.0))
+    plain.compose(dp_accounting.SelfComposedDpEvent(step, 1000))
+    got = epsilon((Event(1.0, 0.01, 1000),), 5e-12)
+    # A thousand transforms may be off by 1e-12.
+    assert plain.get_epsilon(5e-12) < plain.get_epsilon(4e-12) < got < plain.get_epsilon(3.5e-12)
+
+
 def test_next_to_no_noise_takes_no_memory_and_never_reads_low() -> None:
     assert epsilon((Event(0.001, 0.5, 5),), 1e-5) > 0.5e6
     assert epsilon((Event(1e-9, 0.5, 5),), 1e-5) == math.inf
