@@ -11,6 +11,7 @@ or ``bfloat16`` (as int16 bits, which NumPy's .npy format can carry) to the conc
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,6 +22,9 @@ from .adapter import AdapterSpec, AdapterState, explain_shape
 from .errors import UserError
 
 VERSION = 1
+#: What :func:`agree` came to last: both ends ask anew with every message.
+_AGREED: OrderedDict[tuple[object, ...], AdapterSpec] = OrderedDict()
+_KEEP = 64
 _NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -148,15 +152,22 @@ def pack(
 
 def agree(table: Table, spec: AdapterSpec, sender: str) -> AdapterSpec:
     """``spec`` with the policies of ``table``; raises :class:`UserError` unless both ends mean the same adapter."""
-    if max((*table.freeze, *table.local), default=-1) >= len(spec.tensors):
-        raise UserError(f"{sender}: the adapter has more tensors than this end's {spec.method} adapter")
-    frozen = {spec.tensors[i].name for i in table.freeze}
-    local = {spec.tensors[i].name for i in table.local}
-    agreed = spec.with_policy("share", lambda t: True)
-    agreed = agreed.with_policy("freeze", lambda t: t.name in frozen).with_policy("local", lambda t: t.name in local)
-    if agreed.digest != table.spec:
-        _explain_difference(table, spec, sender)
-    return agreed
+    key = (spec.digest, table.spec, table.freeze, table.local)
+    if key not in _AGREED:
+        if max((*table.freeze, *table.local), default=-1) >= len(spec.tensors):
+            raise UserError(f"{sender}: the adapter has more tensors than this end's {spec.method} adapter")
+        frozen = {spec.tensors[i].name for i in table.freeze}
+        local = {spec.tensors[i].name for i in table.local}
+        agreed = spec.with_policy("share", lambda t: True)
+        agreed = agreed.with_policy("freeze", lambda t: t.name in frozen).with_policy(
+            "local", lambda t: t.name in local
+        )
+        if agreed.digest != table.spec:
+            _explain_difference(table, spec, sender)
+        _AGREED[key] = agreed
+        while len(_AGREED) > _KEEP:
+            _AGREED.popitem(last=False)
+    return _AGREED[key]
 
 
 def _explain_difference(table: Table, spec: AdapterSpec, sender: str) -> None:

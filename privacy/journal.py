@@ -79,16 +79,18 @@ class Journal:
         """
         try:
             with locked(self.path) as file:
-                end, last = self._end(file)
-                line = _line(entry, last)
-                os.ftruncate(file, end)
+                size = os.fstat(file).st_size
+                end, last = self._end(file, size)
+                chained, line = _line(entry, last)
+                if end < size:
+                    os.ftruncate(file, end)
                 _write(file, end, line)
                 if end == 0:
                     # Whoever made these folders may have died before they were on the disk.
                     _sync(self.path.parent, self.path.parent.parent)
         except OSError as error:
             raise self.cannot_write(error) from None
-        return json.loads(line)
+        return chained
 
     def damaged(self, line: int, text: str = "was changed or lost") -> DamagedError:
         return DamagedError(self.path, line, f"{text}; {self._damage}")
@@ -96,9 +98,8 @@ class Journal:
     def cannot_write(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: the {self._name} cannot be written, so {self._stop}: {error.strerror or error}")
 
-    def _end(self, file: int) -> tuple[int, str]:
+    def _end(self, file: int, size: int) -> tuple[int, str]:
         """The offset where whole lines end, and the hash that the next line must carry."""
-        size = os.fstat(file).st_size
         start, block = size, _BLOCK
         while True:
             start = max(0, size - block)
@@ -148,12 +149,12 @@ def _sync(*folders: Path) -> None:
             os.close(handle)
 
 
-def _line(entry: Mapping[str, Any], before: str) -> bytes:
-    """``entry`` as a line: chained to the line before, and with its own hash."""
+def _line(entry: Mapping[str, Any], before: str) -> tuple[dict[str, Any], bytes]:
+    """``entry`` chained to the line before, and with its own hash; and that as a line."""
     chained = {**entry, "before": before}
     text = json.dumps(chained, sort_keys=True, allow_nan=False)
-    own = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**chained, "sha256": own}, sort_keys=True).encode()
+    chained["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return chained, json.dumps(chained, sort_keys=True).encode()
 
 
 def _whole(line: bytes) -> dict[str, Any] | None:
@@ -161,7 +162,7 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
         content = {key: value for key, value in entry.items() if key not in CHAIN}
-        return entry if line == _line(content, entry["before"]) else None
+        return entry if line == _line(content, entry["before"])[1] else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
