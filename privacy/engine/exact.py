@@ -20,7 +20,7 @@ from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .forms import form_of
 from .ghost import LARGE, KeptMatrix
 from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
-from .leaf import one_by_one
+from .leaf import batch_dimensions, joined, one_by_one, tensors
 from .meeting import Meeting, UnknownMeetingError
 from .plan import Unit, plan, refusal
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
@@ -53,7 +53,7 @@ class ExactGradients(ClippedGradients):
         self._inside = False
         #: Units that no rule fits, with the operation that has none: their examples pass one by one.
         self.one_by_one: dict[str, str] = {}
-        self._compared: set[str] = set()
+        self._dimensions: dict[str, list[int]] = {}
         self._patched: list[tuple[Any, str, Any]] = []
         self._verified = _verified.get(model) == tuple(self.trainables)
 
@@ -133,7 +133,9 @@ class ExactGradients(ClippedGradients):
 
         def run(x: torch.Tensor) -> Any:
             self._require_rows(unit, x)
-            return LinearRows.apply(x, turned(layer.weight), layer.bias, Turned(for_w) if for_w else None, for_b)
+            return LinearRows.apply(
+                x, turned(layer.weight), layer.bias, Turned(for_w) if for_w is not None else None, for_b
+            )
 
         return run
 
@@ -166,7 +168,7 @@ class ExactGradients(ClippedGradients):
         def run(*args: Any, **kwargs: Any) -> Any:
             batch = self._batch or 0
             records = []
-            for index, tensor in enumerate(_tensors([*args, *kwargs.values()])):
+            for index, tensor in enumerate(_given(args, kwargs)):
                 if index and tensor.dim() and len(tensor) == 1:
                     continue  # the same for every example
                 self._require_rows(unit, tensor)
@@ -188,18 +190,26 @@ class ExactGradients(ClippedGradients):
     def _one_by_one(
         self, unit: Unit, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        name = self._names[id(unit.parameters[0])]
+        name, batch = self._names[id(unit.parameters[0])], self._batch or 0
+        known = self._dimensions.get(unit.path)
+        before = _generator(args, kwargs)
         try:
-            result = one_by_one(unit.module, original, self._dense, self._batch or 0, args, kwargs)
+            results = one_by_one(unit.module, original, self._dense, batch, args, kwargs)
+            if known is not None:
+                return joined(results, known)
+            drawn = not torch.equal(before, _generator(args, kwargs))
+            with torch.no_grad():
+                whole = original(*args, **kwargs)
+            dimensions = batch_dimensions(results[0], whole)
+            result = joined(results, dimensions)
         except (RuntimeError, TypeError, ValueError) as error:
             raise refusal(name, f"its layer takes no single example: {one_line(error)[:120]}") from None
-        if unit.path not in self._compared and not any(module.training for module in unit.module.modules()):
-            with torch.no_grad():
-                together = original(*args, **kwargs)
-            for alone, whole in zip(_tensors([result]), _tensors([together]), strict=True):
-                if not float((alone - whole).norm()) <= WHOLE_TOLERANCE * float(whole.norm()):
-                    raise refusal(name, "its layer mixes the examples of a batch")
-            self._compared.add(unit.path)
+        for alone, every in zip(tensors(result), tensors(whole), strict=True):
+            # Where dropout was drawn, two passes are never equal.
+            if not drawn and not float((alone - every).norm()) <= WHOLE_TOLERANCE * float(every.norm()):
+                raise refusal(name, "its layer mixes the examples of a batch")
+        if batch > 1:
+            self._dimensions[unit.path] = dimensions
         return result
 
     def _prefix(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +277,7 @@ class ExactGradients(ClippedGradients):
             self.trainables[name].grad = None
         if plain:
             raise refusal(plain[0], "it is used outside of the layer that owns it, or by an operation out of sight")
-        missing = {id(p) for p in self._dense.missing()} | {id_ for id_, kept in self._kept.items() if not kept}
+        missing = {id(p) for p in self._dense.missing()} | {id_ for id_, kept in self._kept.items() if not kept.written}
         return [name for name, parameter in self.trainables.items() if id(parameter) in missing]
 
     def _verify(self, losses: torch.Tensor, row: int, norm: float) -> None:
@@ -324,12 +334,16 @@ def _by_parameter(layout: Sequence[nn.Parameter], *vectors: torch.Tensor) -> Ite
         at += size
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a layer was given."""
+    flat = [part for value in (*args, *kwargs.values()) for part in (value if isinstance(value, tuple) else [value])]
+    return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+def _generator(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The state of the random generator of the device that a layer runs on."""
+    device = _given(args, kwargs)[0].device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

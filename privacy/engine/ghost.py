@@ -26,8 +26,9 @@ class KeptMatrix:
         self._factors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __bool__(self) -> bool:
-        """Whether anything was written."""
+    @property
+    def written(self) -> bool:
+        """Whether this batch has come by."""
         return bool(self._factors or self._looked_up)
 
     def clear(self) -> None:

@@ -22,8 +22,8 @@ def one_by_one(
     batch: int,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> Any:
-    """``forward(*args, **kwargs)`` of ``module``, an example at a time; tensors of ``batch`` rows are taken apart."""
+) -> list[Any]:
+    """What ``forward(*args, **kwargs)`` of ``module`` gives for each example; tensors of ``batch`` rows are parted."""
     places = [
         (owner._parameters, key, parameter)
         for owner in module.modules()
@@ -44,7 +44,7 @@ def one_by_one(
     finally:
         for table, key, parameter in places:
             table[key] = parameter
-    return _together(results)
+    return results
 
 
 def _row(value: Any, index: int, batch: int) -> Any:
@@ -55,12 +55,37 @@ def _row(value: Any, index: int, batch: int) -> Any:
     return value
 
 
-def _together(results: Sequence[Any]) -> Any:
-    first = results[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(results))
-    if isinstance(first, list | tuple):
-        return type(first)(_together(parts) for parts in zip(*results, strict=True))
-    if first is None:
-        return None
-    raise TypeError(f"a layer gave a {type(first).__name__}")
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of what a layer gave, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in tensors(part)]
+    if value is None:
+        return []
+    raise TypeError(f"it gives a {type(value).__name__}")
+
+
+def batch_dimensions(single: Any, whole: Any) -> list[int]:
+    """In which dimension each tensor of ``whole`` holds its examples, ``single`` being what one of them gives."""
+    found = []
+    for one, every in zip(tensors(single), tensors(whole), strict=True):
+        differ = [at for at, (a, b) in enumerate(zip(one.shape, every.shape, strict=True)) if a != b]
+        if len(differ) > 1 or any(one.shape[at] != 1 for at in differ):
+            raise ValueError(f"one gives {list(one.shape)}, all give {list(every.shape)}")
+        found.append(differ[0] if differ else 0)
+    return found
+
+
+def joined(results: Sequence[Any], dimensions: Sequence[int]) -> Any:
+    """The results of all examples as one, each tensor along its own dimension."""
+    left = iter(dimensions)
+
+    def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], torch.Tensor):
+            return torch.cat(list(parts), next(left))
+        if isinstance(parts[0], list | tuple):
+            return type(parts[0])(join(each) for each in zip(*parts, strict=True))
+        return parts[0]
+
+    return join(results)

@@ -60,7 +60,9 @@ def plan(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> list[Unit]
     for path, module, kind in chosen.values():
         if _inside_another(path, chosen, modules):
             continue
-        parameters = tuple(p for p in module.parameters() if id(p) in names)
+        # A plain layer runs with its own tensors; any other with all that is in it.
+        whole = kind in ("meeting", "prefix")
+        parameters = tuple(p for p in module.parameters(recurse=whole) if id(p) in names)
         if kind == "prompt":
             parameters = tuple(p for p in module.prompt_encoder.parameters() if id(p) in names)  # type: ignore[union-attr]
         units.append(Unit(path, module, kind, parameters))
