@@ -19,6 +19,7 @@ from . import __version__
 from .client.policy_commands import app as policy
 from .core.errors import UserError
 from .privacy.commands import app as privacy
+from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(privacy, name="privacy")
 app.command("audit")(audit)
+app.command("attack")(attack)
 app.add_typer(policy, name="policy")
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -19,6 +19,7 @@ from ...client.audit.layers import LAYERS
 from ...client.audit.selftest import applicable, self_test
 from ...client.audit.subject import subject
 from ...client.data import SiteData
+from ...client.job import own_version
 from ...core.config import RunConfig, config_from_json
 from ...core.errors import UserError
 from ...privacy.audit.signature import Signer
@@ -92,7 +93,7 @@ def audit(
     every known fault into the same path.
     """
     began = time.monotonic()
-    config, site, data = target.config, target.site, target.data
+    config, site, data = own_version(target.config, target.site), target.site, target.data
     if data is None:
         records = synthetic_records(config, max(canaries, units, _CANARY_BATCHES * config.train.batch_size))
     else:
