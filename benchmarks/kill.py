@@ -133,7 +133,7 @@ def killed(function: str, arguments: dict[str, Any], mark: Path, wait: float) ->
     deadline = time.monotonic() + 120
     while not mark.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(1e-3)
-    time.sleep(wait)
+    process.join(wait)
     process.kill()
     process.join(60)
     if process.exitcode not in (0, -signal.SIGKILL):
