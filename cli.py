@@ -30,8 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(privacy, name="privacy")
-app.command("audit")(audit)
-app.command("attack")(attack)
 app.add_typer(policy, name="policy")
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -223,6 +221,10 @@ def doctor() -> None:
     Console().print(table)
     if failed:
         raise UserError(f"{failed} of the checks failed")
+
+
+app.command("audit")(audit)
+app.command("attack")(attack)
 
 
 def _yes(value: bool) -> str:

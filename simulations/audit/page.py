@@ -23,6 +23,7 @@ _STYLE = """
 .limit{stroke:var(--ink);stroke-width:1.2}
 .share{width:7.8rem;height:.75rem}
 .charts+.box{margin-top:1.2rem}
+div.banner{margin-bottom:1rem}
 """
 _TITLES = {
     "exactness": "1. Each example is clipped by itself",
