@@ -48,6 +48,12 @@ def lab(tiny_model: Callable[..., str], tiny_text: Callable[[int, int], str]) ->
     return _beside("lab").Lab(tiny_model, tiny_text)
 
 
+@pytest.fixture(scope="session")
+def tuners() -> ModuleType:
+    """The module `tests/tuners.py`: every tuner of PEFT on tiny models."""
+    return _beside("tuners")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The arguments that `tests/lab.py` supplies: ``fitting``, ``unfitting``, ``hooked``."""
     if {"fitting", "unfitting", "hooked"} & set(metafunc.fixturenames):
