@@ -236,9 +236,10 @@ class SiteClient:
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
-            noise = self._correlated_noise(job, config, here, plan)
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             reserved = self._reserve_training(job, config, prepared, plan)
+            # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
+            noise = self._correlated_noise(job, config, here, plan)
             promise = self._promise(config, prepared)
         kept = here.context.state.config_records.get("clip", ConfigRecord())
         taken = 0

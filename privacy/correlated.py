@@ -12,7 +12,6 @@ needs no optimisation and does not hang on the number of steps, so that a run ma
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -125,11 +124,13 @@ def seeded_key_not_private(*parts: object) -> bytes:
 
 
 def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> bytes:
-    """The secret noise key of a run, kept in the file ``path`` on the site's own disk, made before its first step.
+    """The secret noise key of a run, kept in the file ``path`` on the site's own disk.
 
-    ``first_step``: how many steps the ledger has reserved for this run. Returns once the key is on the disk. Raises
-    :class:`UserError` where the key of a run that has begun is lost or belongs to another plan: other noise would no
-    longer cancel, and epochs that were paid for as one would be two.
+    ``first_step``: how many steps of this run the ledger held before those that were just reserved: call it after
+    the reservation, so that of two processes only one makes the key. Returns once the key is on the disk. Raises
+    :class:`UserError` where the key of a run that has begun is lost or belongs to another plan (other noise would no
+    longer cancel, and an epoch that was paid for as one would be two), and where there is one though the ledger knows
+    nothing of it: it may have served, on other data or under a ledger that is lost.
     """
     path, plan = Path(path), {"bands": bands, "slots": slots}
     try:
@@ -139,6 +140,11 @@ def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> by
         key = bytes.fromhex(kept.pop("key"))
         if len(key) != _KEY_BYTES:
             raise ValueError("not a key")
+    except FileExistsError:
+        raise UserError(
+            f"{path}: there is a noise key of this run, but no step of it in the ledger; noise must not serve twice, "
+            "so it cannot begin again; begin a new run"
+        ) from None
     except FileNotFoundError:
         raise UserError(
             f"{path}: the noise key of a run that has taken {first_step} steps is lost, so it cannot go on; begin a "
@@ -157,18 +163,15 @@ def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> by
 
 
 def _create(path: Path, plan: dict[str, int]) -> bytes:
-    """A fresh key in place of whatever was there: no step was reserved, so nothing was ever noised with it."""
+    """A fresh key in a new file. Raises FileExistsError where there is one."""
     key = os.urandom(_KEY_BYTES)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".new")
-    with contextlib.suppress(FileNotFoundError):
-        scratch.unlink()
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # A crash that leaves half a file leaves a run that does not go on.
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(file, "w", encoding="utf-8") as opened:
         json.dump({**plan, "key": key.hex()}, opened)
         opened.flush()
         os.fsync(opened.fileno())
-    scratch.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -215,9 +215,18 @@ def test_a_site_keeps_its_key_to_itself_for_the_whole_run(tmp_path: Path) -> Non
     assert site_key(path, bands=4, slots=10, first_step=6) == key
 
 
-def test_a_run_without_a_reserved_step_begins_with_a_fresh_key(tmp_path: Path) -> None:
+def test_two_runs_have_two_keys(tmp_path: Path) -> None:
+    one, two = (site_key(tmp_path / name, bands=2, slots=2, first_step=0) for name in ("one", "two"))
+    assert one != two
+
+
+def test_a_key_that_the_ledger_knows_nothing_of_serves_no_second_time(tmp_path: Path) -> None:
     path = tmp_path / "noise.json"
-    assert site_key(path, bands=2, slots=2, first_step=0) != site_key(path, bands=2, slots=2, first_step=0)
+    key = site_key(path, bands=2, slots=2, first_step=0)
+    with pytest.raises(UserError, match="noise must not serve twice"):
+        site_key(path, bands=2, slots=2, first_step=0)
+    assert site_key(path, bands=2, slots=2, first_step=4) == key
+    assert [entry.name for entry in tmp_path.iterdir()] == ["noise.json"]
 
 
 def test_a_run_whose_key_is_lost_or_spoiled_does_not_go_on(tmp_path: Path) -> None:
@@ -248,9 +257,12 @@ def test_a_key_that_cannot_be_kept_is_a_users_error(tmp_path: Path) -> None:
 def test_a_folder_where_the_key_should_be_is_a_users_error(tmp_path: Path) -> None:
     path = tmp_path / "noise.json"
     path.mkdir()
-    for first_step in (0, 3):
-        with pytest.raises(UserError, match="the noise key cannot be kept"):
-            site_key(path, bands=4, slots=10, first_step=first_step)
+    with pytest.raises(UserError, match="noise must not serve twice"):
+        site_key(path, bands=4, slots=10, first_step=0)
+    with pytest.raises(UserError, match="the noise key cannot be kept"):
+        site_key(path, bands=4, slots=10, first_step=3)
+    with pytest.raises(UserError, match="the noise key cannot be kept"):
+        site_key(__file__ + "/below/a/file", bands=4, slots=10, first_step=0)
 
 
 def test_the_file_holds_the_key_and_whom_it_is_for(tmp_path: Path) -> None:
