@@ -417,7 +417,7 @@ class Federation:
         if name in self._promises:
             # What the site says on joining counts rounds that were lost, whose lines are gone.
             spent.append(self._promises[name])
-        privacy = max(spent, key=lambda p: p["steps"], default=None)
+        privacy = max(spent, key=lambda p: (p["steps"], p["epsilon"]), default=None)
         return {
             "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),
             "units": int(facts.get("units", 0)),

@@ -21,6 +21,7 @@ from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.progress import Watch
 from fedgraft.core.update import PrivacyStatement
+from fedgraft.privacy import Ledger, epsilon
 from fedgraft.simulations.engines import inprocess
 from fedgraft.simulations.scenario import site_data
 
@@ -691,3 +692,16 @@ def test_progress_tells_loss_without_privacy_and_epsilon_with_it(tiny_federation
         for _, _, loss, epsilon in steps.seen:
             assert (loss is None) == (name == "private")
             assert (epsilon is None) == (name == "plain")
+
+
+def test_the_epsilon_of_a_site_is_that_of_whoever_paid_most_in_the_end(tiny_federation: Any, tmp_path: Path) -> None:
+    """Evaluations go on after the last training, and held-out people pay for them."""
+    config = tiny_federation.private(
+        **{"privacy.noise_multiplier": 9.0, "evaluate.release": "noised", "evaluate.epsilon": 1.5, "rounds": 2}
+    )
+    run = tiny_federation.run(config, tmp_path / "run")
+    for site, told in run["sites"].items():
+        ledger = Ledger(tmp_path / "run" / "sites" / site / "ledgers")
+        (split,) = {entry.split for entry in ledger.entries()}
+        trained, evaluated = (epsilon(ledger.spent(part, split), 1e-3) for part in ("train", "held-out"))
+        assert trained < evaluated == told["epsilon"] == told["privacy"]["epsilon"] <= 1.5
