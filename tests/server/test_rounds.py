@@ -21,7 +21,8 @@ from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.progress import Watch
 from fedgraft.core.update import PrivacyStatement
-from fedgraft.privacy import Ledger, epsilon
+from fedgraft.privacy import Ledger
+from fedgraft.privacy import epsilon as epsilon_of
 from fedgraft.simulations.engines import inprocess
 from fedgraft.simulations.scenario import site_data
 
@@ -703,5 +704,5 @@ def test_the_epsilon_of_a_site_is_that_of_whoever_paid_most_in_the_end(tiny_fede
     for site, told in run["sites"].items():
         ledger = Ledger(tmp_path / "run" / "sites" / site / "ledgers")
         (split,) = {entry.split for entry in ledger.entries()}
-        trained, evaluated = (epsilon(ledger.spent(part, split), 1e-3) for part in ("train", "held-out"))
+        trained, evaluated = (epsilon_of(ledger.spent(part, split), 1e-3) for part in ("train", "held-out"))
         assert trained < evaluated == told["epsilon"] == told["privacy"]["epsilon"] <= 1.5
