@@ -228,6 +228,11 @@ def _facts(found: Tradeoff, run: RunConfig) -> Table:
         ("delta", f"{plan.delta * plan.units:.2g} of 1/{plan.units:,}, the chance of naming somebody outright"),
     ):
         table.add_row(name, text)
+    if plan.bands > 1:
+        from .correlated import prefix_error
+
+        less = math.sqrt(prefix_error(1, plan.steps)[1] / prefix_error(plan.bands, plan.steps)[1])
+        table.add_row("correlated", f"over {plan.bands} steps: the noise in the run's sums is {less:.2g} times less")
     return table
 
 

@@ -98,6 +98,13 @@ def test_the_plan_fits_a_terminal_and_draws_itself(privacy: Callable[..., Said],
     assert (tmp_path / "privacy-plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plan_says_what_correlated_noise_is_worth(privacy: Callable[..., Said]) -> None:
+    out = privacy(*PLAN, "--sampler", "cyclic", "--bands", 12, "--epsilon", 30)[1]
+    assert "over 12 steps: the noise in the run's sums is 1.5 times less" in out
+    assert "each in its turn, surely" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_the_plan_in_json_draws_only_where_it_is_told_to(privacy: Callable[..., Said], tmp_path: Path) -> None:
     told = json.loads(privacy(*PLAN, "--json")[1])
     assert told["plot"] is None and not list(tmp_path.iterdir())
