@@ -4,10 +4,9 @@
     python benchmarks/dp_cost.py --quick    fewer repetitions, nothing written
     python benchmarks/dp_cost.py --only lora,dora --models bert-256
 
-Both steps run in one process on one thread, in turn, on the same batch and trainables; the median CPU time of each
-is compared. Plain:
-forward, backward, SGD. Private: the engine, AES noise from the operating system, SGD. Beside it Opacus' three ways where
-they are right. Memory is the peak of a fresh process for each case, less what it held before the first step.
+Both steps run in one process on one thread, in turn, on the same batch and trainables; the median CPU time of each is
+compared. Plain: forward, backward, SGD. Private: the engine, AES noise from the operating system, SGD. Beside it the
+three ways of Opacus where they are right. Memory: the peak of a fresh process for each case, less what it held before.
 """
 
 from __future__ import annotations
