@@ -441,7 +441,7 @@ def test_an_image_that_cannot_be_read_is_told_to_whoever_simulates(
         "task": {"name": "image-classification", "labels": ["dark", "light"]},
         "train": {"local_steps": 1, "batch_size": 8, "device": "cpu"},
         "privacy": {"enabled": False},
-        "data": {"path": str(tmp_path / "images"), "sites": ["north"], "partition": "iid", "test_fraction": 0.1},
+        "data": {"path": str(tmp_path / "images"), "sites": ["north"], "partition": "iid", "test_fraction": 0.4},
     }
     (tmp_path / "images.json").write_text(json.dumps(config))
     said = fedgraft("simulate", tmp_path / "images.json", "--output", tmp_path / "run")
