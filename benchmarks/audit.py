@@ -90,7 +90,7 @@ def caught(folder: Path) -> dict[str, Any]:
     }
 
 
-def tightness(repeats: int = 20) -> list[dict[str, Any]]:
+def tightness(repeats: int = 60) -> list[dict[str, Any]]:
     """The bound for 256 canaries that have nothing in common, four steps, everybody in each, delta 1e-5."""
     random, size, m, steps, delta = np.random.default_rng(), 4096, 256, 4, 1e-5
     rows = []

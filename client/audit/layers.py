@@ -154,7 +154,7 @@ class Audit:
             seen = self._train(own, plan, site=site, steps=self.steps, real=True, keys=keys[: len(own)])
             rows = [
                 (step.released - clipped_sum(subject.reference.units(step.records, subject.owner), step.clip))
-                / (plan.gradient_noise * step.clip)
+                / (promised_noise(plan) * step.clip)
                 for step in seen
             ]
             z = torch.stack(rows) if rows else torch.zeros(0, subject.reference.size)
@@ -240,6 +240,16 @@ class Audit:
 def counted(plan: PrivacyPlan, units: int) -> bool:
     """Whether every one of ``units`` units has the same chance at every step, so that sizes are binomial."""
     return plan.slots == 1 and not 0 < plan.max_batch < units
+
+
+def promised_noise(plan: PrivacyPlan) -> float:
+    """Std over clip of the noise that the ledger pays for, reckoned here anew: the plan's own number may be wrong.
+
+    With an adaptive clip a noised count leaves beside the gradient (Andrew et al. 2021, theorem 1).
+    """
+    if not plan.clip_quantile:
+        return plan.noise_multiplier
+    return math.sqrt(1 / (1 / plan.noise_multiplier**2 - 1 / (2 * plan.count_noise) ** 2))
 
 
 def independent(rows: torch.Tensor, bands: int) -> torch.Tensor:

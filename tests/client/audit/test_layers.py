@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedgraft.client import trainer
 from fedgraft.client.audit.canaries import canary_config, synthetic_records
 from fedgraft.client.audit.faults import FAULTS
 from fedgraft.client.audit.layers import LAYERS, Audit, independent
@@ -21,11 +22,14 @@ from fedgraft.client.audit.subject import Subject, subject
 from fedgraft.client.audit.watching import watch
 from fedgraft.client.data import Records
 from fedgraft.client.resident import resident
+from fedgraft.client.trainer import by_unit
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.audit.exactness import clipped_sum
 from fedgraft.privacy.correlated import CorrelatedNoise
 from fedgraft.privacy.noise import RandomStream
+from fedgraft.privacy.plan import PrivacyPlan
+from fedgraft.privacy.sampling import Sample
 
 RARE = 1e-6
 
@@ -87,6 +91,34 @@ def test_which_layers_see_a_bug(audited: Subject, fault: str, layers: set[str]) 
     (broken,) = [known for known in FAULTS if known.name == fault]
     verdicts = Audit(audited, canaries=96, fault=broken).run(LAYERS[:3])
     assert {verdict.layer for verdict in verdicts if not verdict.good} == layers
+
+
+def _fixed_size(self: Any, step: int) -> Sample:
+    chosen = [group[0] for group in self._groups[step % 3 :][:4]]
+    return Sample(np.array(chosen, dtype=np.int64), np.arange(len(chosen)))
+
+
+def _one_unit_a_record(*given: Any) -> Any:
+    for examples, units in by_unit(*given):
+        yield examples, np.arange(len(units))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "layer"),
+    [
+        (trainer.RandomStream, "from_os", lambda: RandomStream.seeded_not_private("the run"), "noise"),
+        (trainer.Sampler, "sample", _fixed_size, "noise"),
+        (trainer, "by_unit", _one_unit_a_record, "exactness"),
+        (PrivacyPlan, "gradient_noise", property(lambda plan: plan.noise_multiplier**2), "noise"),
+    ],
+    ids=["seeded stream", "fixed-size batches", "units forgotten", "variance for deviation"],
+)
+def test_a_bug_in_the_trainer_itself_is_seen(
+    audited: Subject, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, broken: Any, layer: str
+) -> None:
+    monkeypatch.setattr(place, name, broken)
+    (verdict,) = Audit(audited).run([layer])
+    assert not verdict.good
 
 
 def test_the_lower_bound_alone_misses_half_the_noise(audited: Subject) -> None:
