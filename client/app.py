@@ -110,6 +110,7 @@ class _Prepared:
     held_out: list[Example]
     groups: list[np.ndarray]
     keys: list[bytes]
+    patients: int
     held_out_groups: list[np.ndarray]
     ledger: Ledger
     split: str
@@ -433,6 +434,7 @@ class SiteClient:
                 held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
                 groups=groups,
                 keys=keys,
+                patients=len(set(data.train.patients or ())),
                 held_out_groups=data.held_out.units(by_patient=by_patient)[0],
                 ledger=Ledger(
                     here.folder / "ledgers" if here.folder else None,
@@ -443,7 +445,7 @@ class SiteClient:
                 split=_split(config, data),
             )
         prepared = replace(self._prepared[key], limits=tuple(policy.limits(dataset)))
-        policy.require_units(len(prepared.groups), dataset)
+        policy.require_units(len(prepared.train), prepared.patients, dataset)
         return prepared, model
 
     def _plan(self, job: Job, config: RunConfig, prepared: _Prepared) -> PrivacyPlan:

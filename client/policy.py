@@ -257,9 +257,9 @@ class Policy:
         if self.require.dp and not privacy.enabled:
             yield no("the job trains without differential privacy (privacy.enabled = false)", "require", "dp")
         if privacy.enabled:
-            for key in ("max_epsilon", "max_epsilon_per_year"):
-                if privacy.epsilon > getattr(dataset, key):
-                    yield no(f"the job asks for privacy.epsilon {privacy.epsilon:g}", "dataset", at, key)
+            # What a year allows hangs on what was spent before it: the ledger holds that limit.
+            if privacy.epsilon > dataset.max_epsilon:
+                yield no(f"the job asks for privacy.epsilon {privacy.epsilon:g}", "dataset", at, "max_epsilon")
             if privacy.delta > dataset.max_delta:
                 yield no(f"the job asks for privacy.delta {privacy.delta:g}", "dataset", at, "max_delta")
             if _UNITS.index(privacy.unit) < _UNITS.index(dataset.min_unit):
@@ -300,9 +300,9 @@ class Policy:
             if not _listed(name, self.allow.tensors):
                 raise PolicyError(f"the job's adapter would carry the tensor {name} out", self.rule("allow", "tensors"))
 
-    def require_units(self, units: int, dataset: Dataset) -> None:
-        """Raise :class:`PolicyError` for too few units to train on; it does not say how many there are."""
-        if units < dataset.min_units:
+    def require_units(self, records: int, patients: int, dataset: Dataset) -> None:
+        """Raise :class:`PolicyError` for too few of the policy's units to train on; it does not say how many."""
+        if (patients if dataset.min_unit == "patient" else records) < dataset.min_units:
             at = self.datasets.index(dataset)
             raise PolicyError("there are fewer to train on", self.rule("dataset", at, "min_units"))
 

@@ -50,7 +50,6 @@ def test_a_job_that_asks_for_no_more_than_is_allowed_passes(job: Any) -> None:
 FORBIDDEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "no privacy": ({"privacy.enabled": False, "evaluate.release": "none"}, "dp", "without differential privacy"),
     "more epsilon than ever": ({"privacy.epsilon": 8.5}, "max_epsilon ", "privacy.epsilon 8.5"),
-    "more epsilon than a year's": ({"privacy.epsilon": 4.5}, "max_epsilon_per_year ", "privacy.epsilon 4.5"),
     "more delta": ({"privacy.delta": 1e-4}, "max_delta", "privacy.delta 0.0001"),
     "a smaller unit": ({"privacy.unit": "record"}, "min_unit ", "protects each record only"),
     "another patient column": ({"data.patient_column": "text"}, "patient_column", "the column `text`"),
@@ -111,7 +110,7 @@ def test_counts_leave_as_exactly_as_allowed_and_no_more(job: Any, allowed: str, 
 def test_every_objection_is_listed_and_the_first_is_raised(job: Any) -> None:
     bad = job(**{"privacy.epsilon": 9.0, "strategy": "krum"})
     found = objections(bad)
-    assert len(found) == 3
+    assert len(found) == 2
     policy = Policy(FULL, "policy.toml")
     with pytest.raises(PolicyError) as refusal:
         policy.admit(bad, FINGERPRINT, policy.datasets[0])
@@ -129,11 +128,13 @@ def test_a_tensor_that_is_not_listed_is_refused_by_name() -> None:
 
 def test_too_few_patients_are_refused_without_telling_how_many_there_are() -> None:
     policy = Policy(FULL, "policy.toml")
-    policy.require_units(200, policy.datasets[0])
+    policy.require_units(5000, 200, policy.datasets[0])
     with pytest.raises(PolicyError) as refusal:
-        policy.require_units(137, policy.datasets[0])
+        policy.require_units(5000, 137, policy.datasets[0])
     assert "137" not in str(refusal.value)
     assert refusal.value.rule.line == line(FULL, "min_units")
+    records = Policy(FULL.replace('min_unit = "patient"', 'min_unit = "record"'), "policy.toml")
+    records.require_units(200, 0, records.datasets[0])
 
 
 def test_the_ledger_is_told_the_limits_in_all_and_for_the_year() -> None:
@@ -150,7 +151,7 @@ def test_a_simulated_site_lets_everything_out_openly(job: Any) -> None:
     for changes in ({}, *(changes for changes, _, _ in FORBIDDEN.values())):
         assert list(policy.objections(job(**changes), "x", policy.datasets[0])) == []
     policy.require_tensors(["anything"])
-    policy.require_units(1, policy.datasets[0])
+    policy.require_units(1, 0, policy.datasets[0])
     assert policy.limits(policy.datasets[0]) == {}
     assert "allows everything" in policy.file
 

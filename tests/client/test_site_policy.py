@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,7 +127,6 @@ def test_a_job_within_the_policy_is_done_and_everything_is_written_down(talk: An
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "more epsilon": ({"privacy.epsilon": 3.5}, "max_epsilon ", "the job asks for privacy.epsilon 3.5"),
-    "more epsilon than a year's": ({"privacy.epsilon": 2.8}, "max_epsilon_per_year", "privacy.epsilon 2.8"),
     "more delta": ({"privacy.delta": 2e-3}, "max_delta", "the job asks for privacy.delta 0.002"),
     "raw metrics": ({"evaluate.release": "exact_not_private"}, "evaluation", "counts that are exact_not_private"),
     "no privacy": ({"privacy.enabled": False}, "dp", "the job trains without differential privacy"),
@@ -182,6 +181,35 @@ def test_what_the_policy_forbids_is_refused_at_the_site_with_the_line(
     # Before the data are read, where they need not be; before anything is spent in any case.
     assert (read == []) == (name != "too few patients")
     assert not (site.folder / "ledgers").exists()
+
+
+def test_a_run_that_would_spend_more_than_a_years_budget_is_refused_before_it_begins(talk: Any, policy: str) -> None:
+    site = talk(policy, **{"privacy.noise_multiplier": 0.0, "privacy.epsilon": 2.9})
+    answer = site.hello()
+    number = line(policy, "max_epsilon_per_year")
+    assert "all runs of this year on these data would come to epsilon 2.8" in answer.error
+    assert f"more than the site's policy allows, line {number} (max_epsilon_per_year = 2.5)" in answer.error
+    assert site.log()[-1]["rule"]["line"] == number
+    assert not (site.folder / "ledgers").exists()
+
+
+def test_what_was_spent_in_earlier_years_leaves_this_years_budget_whole(
+    talk: Any, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = policy.replace("max_epsilon_per_year = 2.5", "max_epsilon_per_year = 1.5")
+    job = {"privacy.noise_multiplier": 0.0, "privacy.epsilon": 1.4, "rounds": 1}
+    talk(tight, **job).train()
+    # The job's epsilon is that of all runs ever: in the second year it asks for more than one year allows.
+    more = {**job, "privacy.epsilon": 1.8}
+    assert talk(tight, **more).train(run="same year")[0].error.endswith("or end here")
+    later = Ledger.__init__
+
+    def next_year(ledger: Ledger, *args: Any, **values: Any) -> None:
+        later(ledger, *args, **{**values, "clock": lambda: datetime.now(UTC) + timedelta(days=366)})
+
+    monkeypatch.setattr(Ledger, "__init__", next_year)
+    answer = talk(tight, **{**more, "name": "next"}).train(run="next year")[0]
+    assert (answer.error, answer.privacy.epsilon <= 1.8) == ("", True)
 
 
 @pytest.mark.parametrize("kind", ["hello", "train"])
