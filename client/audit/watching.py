@@ -137,7 +137,7 @@ class _Notes:
         flat = [
             torch.zeros(parameter.numel(), dtype=torch.float64)
             if parameter.grad is None
-            else parameter.grad.detach().reshape(-1).to("cpu", torch.float64)
+            else parameter.grad.detach().cpu().reshape(-1).double()
             for parameter in self.trainables.values()
         ]
         clip = self.clips[-1] if self.clips else float("nan")
