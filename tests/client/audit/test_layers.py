@@ -149,11 +149,11 @@ def test_a_plan_of_single_records_passes_too(plan: RunConfig, canaries: Records,
     "privacy",
     [
         {"clip_quantile": 0.5},
-        {"sampler": "truncated_poisson", "max_batch": 20},
+        pytest.param({"sampler": "truncated_poisson", "max_batch": 20}, marks=pytest.mark.slow),
         {"sampler": "cyclic"},
         {"bands": 4},
         {"sampler": "cyclic", "bands": 3, "neighbours": "replace_one"},
-        {"engine": "opacus"},
+        pytest.param({"engine": "opacus"}, marks=pytest.mark.slow),
     ],
     ids=lambda keys: " ".join(map(str, keys.values())),
 )
