@@ -45,6 +45,8 @@ class Journal:
         self._name = name
         self._stop = stop
         self._damage = damage
+        # What was checked before, byte for byte: its entries, and the hash that the next line must carry.
+        self._checked: tuple[bytes, list[dict[str, Any]], str] = (b"", [], _START)
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries, every line checked; none where there is no file.
@@ -58,15 +60,18 @@ class Journal:
             return []
         except OSError as error:
             raise UserError(f"{self.path}: the {self._name} cannot be read: {error.strerror or error}") from None
-        *lines, tail = content.split(b"\n")
-        entries: list[dict[str, Any]] = []
-        last = _START
-        for number, line in enumerate(lines, 1):
+        known, entries, last = self._checked
+        if not content.startswith(known):
+            known, entries, last = b"", [], _START
+        *lines, tail = content[len(known) :].split(b"\n")
+        entries = list(entries)
+        for number, line in enumerate(lines, len(entries) + 1):
             entry = _whole(line)
             if entry is None or entry["before"] != last:
                 raise self.damaged(number)
             entries.append(entry)
             last = entry["sha256"]
+        self._checked = (content[: len(content) - len(tail)], list(entries), last)
         entry = _whole(tail)
         if entry is not None and entry["before"] == last:
             entries.append(entry)

@@ -147,6 +147,7 @@ class Ledger:
         self.unit = unit
         self._clock = clock
         self._memory: list[dict[str, Any]] = []
+        self._journals: dict[Path, Journal] = {}
 
     @property
     def path(self) -> Path | None:
@@ -353,8 +354,11 @@ class Ledger:
         return [
             _Line(path, number, values)
             for path in paths
-            for number, values in enumerate(ledger_file(path).entries(), 1)
+            for number, values in enumerate(self._journal(path).entries(), 1)
         ]
+
+    def _journal(self, path: Path) -> Journal:
+        return self._journals.setdefault(path, ledger_file(path))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -219,6 +219,31 @@ def test_a_file_that_is_something_else_is_refused_and_left_as_it_is(path: Path, 
     assert path.read_bytes() == garbage
 
 
+def test_a_line_that_was_checked_once_is_checked_again_when_it_has_changed(path: Path) -> None:
+    """One object reads the file again and again, and remembers what it has seen."""
+    reader = journal(path)
+    for number, entry in enumerate(ENTRIES, 1):
+        journal(path).append(entry)
+        assert [each["n"] for each in reader.entries()] == [each["n"] for each in ENTRIES[:number]]
+    content = path.read_bytes()
+    for damaged, line in (
+        (content.replace(b'"n": 2', b'"n": 3'), 2),
+        (content[content.index(b"\n") + 1 :], 1),
+        (content + content[: content.index(b"\n") + 1], 4),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError, match=f"line {line} was changed or lost"):
+            reader.entries()
+        path.write_bytes(content)
+        assert len(reader.entries()) == 3
+    path.write_bytes(content[:-5])  # as a crash would leave it
+    assert len(reader.entries()) == 2
+    reader.append(ENTRIES[0])
+    assert [each["n"] for each in reader.entries()] == [ENTRIES[0]["n"], 2, ENTRIES[0]["n"]]
+    path.unlink()
+    assert reader.entries() == []
+
+
 @pytest.mark.parametrize("writers", [2, 4])
 def test_processes_that_write_at_once_lose_nothing(path: Path, writers: int) -> None:
     each = 15
