@@ -143,7 +143,7 @@ class SiteClient:
             event, told = "refused", self._reason(error, visit)
         try:
             visit.log(event, **told)
-        except UserError as error:
+        except Exception as error:
             log.error("site %s: %s", visit.site, one_line(error))
             content = self._refusal(error, visit)
         self._watch.site_finished(kind, visit.site)
