@@ -40,7 +40,7 @@ class ExactGradients(ClippedGradients):
         self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float, memory: int = MEMORY
     ) -> None:
         super().__init__(model, trainables, clip)
-        self._units = plan(model, self.trainables)
+        self._units = plan(model, self._modules, self.trainables)
         self._names = {id(parameter): name for name, parameter in self.trainables.items()}
         large = _large(self.trainables.values(), self._units)
         self._kept = {id(p): KeptMatrix(p) for p in self.trainables.values() if id(p) in large}
@@ -286,8 +286,7 @@ class ExactGradients(ClippedGradients):
         Rows that were mixed up (tokens routed between experts, something normalised over the batch) have the right
         shape, and only this tells.
         """
-        alone = torch.zeros_like(losses).detach()
-        alone[row] = 1
+        alone = [float(index == row) for index in range(len(losses))]
         want = torch.cat([block.total(alone) for block in self._blocks()])
         self._backward(losses[row], keep_graph=False)
         for parameter in self._dense.missing():

@@ -7,6 +7,8 @@ tokens; the clipped sum is one product of the weighted factors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -55,16 +57,17 @@ class KeptMatrix:
             squares[group] = _gram(a[own].flatten(0, 1)[None], b[own].flatten(0, 1)[None])[0]
         return squares
 
-    def total(self, weights: torch.Tensor) -> torch.Tensor:
-        kept = weights != 0
+    def total(self, weights: Sequence[float]) -> torch.Tensor:
+        scale = torch.tensor(weights, dtype=wide(self.parameter.dtype), device=self.parameter.device)
+        kept = scale != 0
         if self._looked_up:
             table = torch.zeros_like(self.parameter, dtype=wide(self.parameter.dtype))
             for at, rows in self._looked_up:
-                scaled = weights[kept, None, None] * rows[kept]
+                scaled = scale[kept, None, None] * rows[kept]
                 table.index_add_(0, at[kept].reshape(-1), scaled.reshape(-1, scaled.shape[-1]).to(table.dtype))
             return table.reshape(-1)
         a, b = self._joined()
-        a = a[kept] * weights[kept, None, None].to(a.dtype)
+        a = a[kept] * scale[kept, None, None]
         return (a.flatten(0, 1).t() @ b[kept].flatten(0, 1)).reshape(-1)
 
     def _joined(self) -> tuple[torch.Tensor, torch.Tensor]:

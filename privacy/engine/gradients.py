@@ -38,7 +38,7 @@ class Block(Protocol):
         """
         ...
 
-    def total(self, weights: torch.Tensor) -> torch.Tensor:
+    def total(self, weights: Sequence[float]) -> torch.Tensor:
         """The sum of the rows, each times its weight, as one vector. Weight 0 leaves a row out, finite or not."""
         ...
 
@@ -56,12 +56,12 @@ class Dense:
             rows = rows.new_zeros(count, rows.shape[1]).index_add_(0, groups[kept], rows[kept])
         return torch.linalg.vector_norm(rows, dim=1).square()
 
-    def total(self, weights: torch.Tensor) -> torch.Tensor:
+    def total(self, weights: Sequence[float]) -> torch.Tensor:
         rows = self.rows
-        dropped = weights == 0
-        if bool(dropped.any()):
-            rows = torch.where(dropped[:, None], 0.0, rows)
-        return weights.to(rows.dtype) @ rows
+        scale = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
+        if 0.0 in weights:
+            rows = torch.where(scale[:, None] == 0, 0.0, rows)
+        return scale @ rows
 
 
 class ClippedGradients(ABC):
@@ -91,8 +91,9 @@ class ClippedGradients(ABC):
         self._expected: int | None = None
         self._verified = False
         self._sum: torch.Tensor | None = None
-        require_listed(model, self.trainables)
-        self._norms = require_separate(model)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        require_listed(self._modules, self.trainables)
+        self._norms = require_separate(self._modules)
 
     @property
     def clip(self) -> float:
@@ -165,33 +166,40 @@ class ClippedGradients(ABC):
             blocks = self._rows(losses, keep_graph=verify)
             norms = self._accumulate(blocks, units)
             # A row that is not finite spoils the backward pass of every other: the next batch is verified instead.
-            if verify and bool(torch.isfinite(norms).all()) and bool((norms > 0).any()):
-                row = int(torch.nonzero(norms > 0)[-1])
-                self._verify(losses, row, float(norms[row]))
+            if verify and all(map(math.isfinite, norms)) and any(norms):
+                row = max(row for row, norm in enumerate(norms) if norm)
+                self._verify(losses, row, norms[row])
                 self._verified = True
 
-    def _accumulate(self, blocks: Sequence[Block], units: torch.Tensor | None) -> torch.Tensor:
+    def _accumulate(self, blocks: Sequence[Block], units: torch.Tensor | None) -> list[float]:
         """Add the rows to the sum, each unit's scaled to norm C at most; gives the norm of each row by itself."""
+        # A batch has few rows: plain numbers are faster than tensors, and as wide.
         norms = _norms(blocks, None, 0)
-        finite = torch.isfinite(norms)
+        numbers: dict[int, int] = {}
         if units is None:
-            groups, unit_norms = torch.arange(len(norms), device=norms.device), norms
+            groups, unit_norms = list(range(len(norms))), norms
         else:
-            _, groups = torch.unique(units.to(norms.device), return_inverse=True)
-            groups = torch.where(finite, groups, -1)
-            unit_norms = _norms(blocks, groups, int(groups.max()) + 1)
-        usable = torch.isfinite(unit_norms)
-        scale = torch.where(usable, (self.clip / unit_norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        weights = torch.where(finite, scale[groups], 0.0) if len(scale) else torch.zeros_like(norms)
-        self.skipped += int((weights == 0).sum())
-        # A unit without a usable row is none of this batch's.
-        present = torch.zeros_like(usable).index_fill_(0, groups[finite], True) & usable
-        self.within += int((present & (unit_norms <= self.clip)).sum())
-        self.over += int((present & (unit_norms > self.clip)).sum())
+            # A unit without a usable row is none of this batch's.
+            groups = [
+                numbers.setdefault(unit, len(numbers)) if math.isfinite(norm) else -1
+                for unit, norm in zip(units.tolist(), norms, strict=True)
+            ]
+            unit_norms = _norms(blocks, torch.tensor(groups, device=units.device), len(numbers))
+        scales = [self._scale(norm) for norm in unit_norms]
+        weights = [scales[group] if group >= 0 else 0.0 for group in groups]
+        self.skipped += weights.count(0.0)
+        self.within += sum(norm <= self.clip for norm in unit_norms)
+        self.over += sum(self.clip < norm < math.inf for norm in unit_norms)
         totals = [block.total(weights) for block in blocks]
         total = totals[0] if len(totals) == 1 else torch.cat(totals)
         self._sum = total if self._sum is None else self._sum.add_(total)
         return norms
+
+    def _scale(self, norm: float) -> float:
+        """What brings a gradient of this norm to C at most; 0 for one that is not finite."""
+        if not math.isfinite(norm):
+            return 0.0
+        return 1.0 if norm <= self.clip else self.clip / norm
 
     def _layout(self) -> list[nn.Parameter]:
         """The trainables in the order in which the blocks hold them."""
@@ -223,9 +231,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _norms(blocks: Sequence[Block], groups: torch.Tensor | None, count: int) -> torch.Tensor:
+def _norms(blocks: Sequence[Block], groups: torch.Tensor | None, count: int) -> list[float]:
     squares = [block.squares(groups, count) for block in blocks]
-    return sum(squares[1:], start=squares[0]).sqrt()
+    norms: list[float] = sum(squares[1:], start=squares[0]).sqrt().tolist()
+    return norms
 
 
 def row_is_off(got: torch.Tensor, want: torch.Tensor, norm: float) -> bool:

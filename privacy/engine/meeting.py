@@ -8,7 +8,6 @@ computes from the records alone is left as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
 from string import ascii_letters
 from typing import Any
 
@@ -35,7 +34,7 @@ class Meeting(TorchFunctionMode):
     def __init__(self, rows: Rows, waiting: Waiting, batch: int, records: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._rows, self._waiting, self.batch = rows, waiting, batch
-        self._known = {id(parameter): parameter for parameter in rows.parameters}
+        self._known = rows.known
         # By identity; holding them keeps the identities theirs.
         self._data = {id(record): record for record in records}
         # Made from trainables where no gradient is taken.
@@ -90,10 +89,10 @@ class Meeting(TorchFunctionMode):
         if rule is None:
             raise UnknownMeetingError(func.__name__)
         try:
-            given = signature(rule).bind(self, *args, **kwargs)
+            return rule(self, *args, **kwargs)
         except TypeError:
+            # Called in a way that the rule does not take.
             raise UnknownMeetingError(func.__name__) from None
-        return rule(*given.args, **given.kwargs)
 
     def is_data(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and id(value) in self._data
@@ -111,9 +110,8 @@ class Meeting(TorchFunctionMode):
         """What stands for a trainable in a rule, and where its rows go."""
         parameter = self._known.get(id(value))
         if parameter is not None:
-            if parameter.is_contiguous():
-                return parameter, ParameterSlot(self._rows, parameter)
-        elif value._base is not None and id(value._base) in self._known:
+            return parameter, ParameterSlot(self._rows, parameter)
+        if value._base is not None and id(value._base) in self._known:
             parameter = self._known[id(value._base)]
             if parameter.is_contiguous() and 0 not in value.stride() and value.dtype == parameter.dtype:
                 return value.detach().requires_grad_(), ParameterSlot(self._rows, parameter, value)

@@ -34,10 +34,12 @@ class Unit:
     parameters: tuple[nn.Parameter, ...]
 
 
-def plan(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> list[Unit]:
-    """The units of ``model``. Raises :class:`UserError` that names the first trainable that no unit can answer for."""
+def plan(model: nn.Module, modules: Mapping[str, nn.Module], trainables: Mapping[str, nn.Parameter]) -> list[Unit]:
+    """The units of ``model`` among its ``modules``.
+
+    Raises :class:`UserError` that names the first trainable that no unit can answer for.
+    """
     names = {id(parameter): name for name, parameter in trainables.items()}
-    modules = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[int, tuple[str, nn.Module, str]] = {}
     loose: list[nn.Parameter] = []
     virtual = _virtual_tokens(model)

@@ -6,6 +6,7 @@ of its own, so that nothing unclipped ever reaches a parameter.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
@@ -37,19 +38,24 @@ class Rows:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self.known = {id(parameter): parameter for parameter in self.parameters}
         self.offsets: dict[int, int] = {}
         self.size = 0
         for parameter in self.parameters:
             self.offsets[id(parameter)] = self.size
             self.size += parameter.numel()
         self.batch = 0
+        #: Another number whenever the rows lie elsewhere or are more or fewer.
+        self.place = 0
         self._buffer: torch.Tensor | None = None
         self._written: set[int] = set()
 
     def begin(self, batch: int) -> None:
         """Make room for ``batch`` rows and forget the last ones."""
-        self.batch = batch
         self._written.clear()
+        if batch != self.batch or self._buffer is None:
+            self.place += 1
+        self.batch = batch
         if self._buffer is None or len(self._buffer) < batch:
             first = self.parameters[0]
             self._buffer = None  # the old one goes before the new one comes
@@ -118,24 +124,32 @@ class BufferSlot(ABC):
 
 
 class ParameterSlot(BufferSlot):
-    """The rows of a contiguous parameter, or of a view of one: straight in the flat buffer."""
+    """The rows of a parameter, or of a view of one that is contiguous: straight in the flat buffer."""
 
     def __init__(self, rows: Rows, parameter: nn.Parameter, view: torch.Tensor | None = None) -> None:
         self._rows = rows
         self._parameter = parameter
-        view = parameter if view is None else view
-        self._shape, self._strides = tuple(view.shape), view.stride()
-        self._offset = rows.offsets[id(parameter)] + view.storage_offset() - parameter.storage_offset()
-        self._whole = view.numel() == parameter.numel()
+        self._offset, self._shape, self._whole = rows.offsets[id(parameter)], tuple(parameter.shape), True
+        # The rows lie in order, whatever the parameter's own memory looks like.
+        self._strides = tuple(math.prod(self._shape[at + 1 :]) for at in range(len(self._shape)))
+        if view is not None:
+            self._offset += int(view.storage_offset() - parameter.storage_offset())
+            self._shape, self._strides = tuple(view.shape), view.stride()
+            self._whole = view.numel() == parameter.numel()
+        self._place, self._target = -1, parameter.detach()
 
     def target(self) -> tuple[torch.Tensor, bool]:
-        rows, matrix = self._rows, self._rows.matrix
+        rows = self._rows
         fresh = rows.fresh(self._parameter)
         if fresh and not self._whole:
             rows.part(self._parameter).zero_()
             fresh = False
-        at = matrix.storage_offset() + self._offset
-        return matrix.as_strided((rows.batch, *self._shape), (matrix.stride(0), *self._strides), at), fresh
+        if self._place != rows.place:
+            matrix = rows.matrix
+            at = matrix.storage_offset() + self._offset
+            self._target = matrix.as_strided((rows.batch, *self._shape), (matrix.stride(0), *self._strides), at)
+            self._place = rows.place
+        return self._target, fresh
 
 
 class Turned:

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from ...core.errors import UserError
 
 
-def require_listed(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> None:
-    """Raise :class:`UserError` unless ``trainables`` are all that trains in ``model``, and nothing hooks into them."""
+def require_listed(modules: Mapping[str, nn.Module], trainables: Mapping[str, nn.Parameter]) -> None:
+    """Raise :class:`UserError` unless ``trainables`` are all that trains in ``modules``, and nothing hooks in."""
     if not trainables:
         raise UserError("no tensor trains: there is nothing to clip")
     for name, parameter in trainables.items():
@@ -23,15 +23,19 @@ def require_listed(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> 
     identities = {id(parameter) for parameter in trainables.values()}
     if len(identities) < len(trainables):
         raise UserError("a tensor is listed as trained under two names")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in identities:
-            raise UserError(f"tensor {name} trains but is not among the adapter's tensors: it would escape clipping")
+    for path, module in modules.items():
+        for key, other in module._parameters.items():
+            if other is not None and other.requires_grad and id(other) not in identities:
+                name = f"{path}.{key}" if path else key
+                raise UserError(
+                    f"tensor {name} trains but is not among the adapter's tensors: it would escape clipping"
+                )
 
 
-def require_separate(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def require_separate(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """The layers that keep records apart only in eval mode; raises :class:`UserError` for one that never does."""
     norms: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if not isinstance(module, _NormBase):
             continue
         if module.running_mean is not None:
