@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; nothing is written")
     parser.add_argument("--only", default="", help="methods, with commas between them")
     parser.add_argument("--models", default=",".join(MODELS), help="models, with commas between them")
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each kind that the medians are over")
     parser.add_argument("--own", action="store_true", help="fedgraft's own engine alone")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
@@ -273,7 +274,7 @@ def main() -> None:
     if arguments.memory_of:
         memory_of(*arguments.memory_of)
         return
-    repeats = 7 if arguments.quick else 25
+    repeats = 5 if arguments.quick else arguments.repeats
     methods = arguments.only.split(",") if arguments.only else [*METHODS, *TUNERS]
     cases = []
     for model in arguments.models.split(","):
@@ -287,7 +288,8 @@ def main() -> None:
             print(json.dumps(case), flush=True)
     if not arguments.quick:
         machine = {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}
-        results = {"machine": machine, "batch": [ROWS, LENGTH], "cases": cases}
+        conditions = {"batch": [ROWS, LENGTH], "repeats": repeats, "command": " ".join(sys.argv)}
+        results = {"machine": machine, **conditions, "cases": cases}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

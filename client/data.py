@@ -136,6 +136,10 @@ def split(records: Records, config: RunConfig, site: str) -> SiteData:
     away = shares(keys, config.seed, site, "held-out") < config.data.test_fraction
     if len(groups) < 2:
         raise PrivateError(f"site {site} has one patient or record: too few to hold any out")
+    if (away.all() or not away.any()) and not config.privacy.enabled:
+        # Without a promise to keep, one may move for the sake of the rest.
+        drawn = shares(keys, config.seed, site, "held-out")
+        away[drawn.argmax() if away.all() else drawn.argmin()] ^= True
     if away.all() or not away.any():
         raise PrivateError(
             f"site {site}: of its {len(groups)} patients or records {'all' if away.all() else 'none'} fell into the "

@@ -344,6 +344,9 @@ def test_the_fingerprint_is_that_of_the_records_in_any_order_and_split(images: P
 
 def test_a_split_that_leaves_one_side_empty_says_so() -> None:
     records = Records(["a", "b"], np.zeros(2, dtype=np.int64))
+    for seed in range(20):
+        plain = split(records, config(seed=seed, **{"privacy.enabled": False}), "north")
+        assert len(plain.train) == len(plain.held_out) == 1, "without a promise one may move"
     seen = set()
     for seed in range(20):
         try:

@@ -83,7 +83,7 @@ def test_bf16_autocast_keeps_the_bound_in_float32(lab: Any, fitting: Case) -> No
             engine.add(lab.losses(adapter.model, batch))
         engine.release(0.0, 1.0, STREAM)
         got = lab.flat(adapter.trainables())
-        for row in range(len(records)):
+        for row in range(2):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 lab.add(engine, adapter, fitting, [records[row]])
             engine.release(0.0, 1.0, STREAM)
@@ -199,7 +199,7 @@ def test_an_input_without_the_batch_in_front_is_refused_by_layer_and_tensor() ->
     model = Turned()
     with create_engine("exact", model, dict(model.named_parameters()), 1.0) as engine:
         engine.expect(5)
-        with pytest.raises(UserError, match=r"layer layer gets an input of shape \[3, 5, 4\].*tensor layer\.weight"):
+        with pytest.raises(UserError, match=r"layer layer gets an input whose first .*tensor layer\.weight"):
             model(torch.randn(5, 3, 4))
 
 
