@@ -339,7 +339,9 @@ def test_noised_counts_are_paid_for_by_the_held_out_alone(tiny_federation: Any, 
     trained = talk.hello(round=2).privacy
     counts = [talk.evaluate(number) for number in (0, 1, 2, 3)]
     assert all(0 <= each.metrics["correct"] <= each.metrics["examples"] for each in counts)
-    assert len({(each.metrics["correct"], each.metrics["loss_sum"]) for each in counts}) == 4, "every release has noise of its own"
+    assert len({(each.metrics["correct"], each.metrics["loss_sum"]) for each in counts}) == 4, (
+        "every release has noise of its own"
+    )
     ledger = Ledger(tmp_path / "north" / "ledgers")
     parts = {part: [e for e in ledger.entries() if e.part == part] for part in ("train", "held-out")}
     assert (len(parts["train"]), len(parts["held-out"])) == (1, 4)
