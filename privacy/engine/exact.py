@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...core.errors import UserError, one_line
+from ...core.errors import UserError
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .forms import form_of
 from .ghost import LARGE, KeptMatrix
 from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
 from .leaf import batch_dimensions, joined, one_by_one, tensors
-from .meeting import Meeting, UnknownMeetingError
+from .meeting import Meeting, TooLargeError, UnknownMeetingError
 from .plan import Unit, plan, refusal
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import EmbeddingRows, LayerNormRows, LinearRows, SpreadRows
@@ -31,6 +31,10 @@ MEMORY = 4 * 2**30
 
 # Models whose rows were once held against a backward pass of one example's own, with what trained then.
 _verified: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+
+
+# Layers that ran once, and which operation without a rule each met there, if any.
+_ways: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 class ExactGradients(ClippedGradients):
@@ -84,7 +88,7 @@ class ExactGradients(ClippedGradients):
     def expect(self, rows: int) -> None:
         if rows > self.most_rows:
             raise UserError(
-                f"the gradients of {rows} examples take more than {self._memory / 2**30:g} GiB; "
+                f"the gradients of so many examples take more than {self._memory / 2**30:g} GiB; "
                 f"set train.micro_batch to {self.most_rows} or less"
             )
         super().expect(rows)
@@ -111,7 +115,7 @@ class ExactGradients(ClippedGradients):
     def _require_rows(self, unit: Unit, x: torch.Tensor) -> None:
         if not x.dim() or len(x) != self._batch:
             raise UserError(
-                f"layer {unit.path} gets an input of shape {list(x.shape)} in a batch of {self._batch} examples: "
+                f"layer {unit.path} gets an input whose first dimension does not hold the examples: "
                 f"tensor {self._names[id(unit.parameters[0])]} cannot be trained with privacy here"
             )
 
@@ -165,8 +169,17 @@ class ExactGradients(ClippedGradients):
     def _meeting(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
         forward = form_of(unit.module) or original
 
+        def meet(records: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            try:
+                with Meeting(self._dense, self._waiting, self._batch or 0, records, self._memory):
+                    return forward(*args, **kwargs)
+            except TooLargeError as error:
+                raise UserError(
+                    f"layer {unit.path}: the gradients of so many examples take more than {self._memory / 2**30:g} "
+                    f"GiB; set train.micro_batch to {error.most_rows} or less"
+                ) from None
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            batch = self._batch or 0
             records = []
             for index, tensor in enumerate(_given(args, kwargs)):
                 if index and tensor.dim() and len(tensor) == 1:
@@ -175,10 +188,15 @@ class ExactGradients(ClippedGradients):
                 records.append(tensor)
             self._inside = True
             try:
+                if unit.module not in _ways:
+                    # A rehearsal, of which nothing stays: what breaks off within a checkpoint cannot be run again.
+                    devices = [records[0].device] if records[0].device.type == "cuda" else []
+                    with torch.random.fork_rng(devices), saved_tensors_hooks(_as_it_is, _as_it_is):
+                        _ways[unit.module] = _reason(lambda: meet(records, args, kwargs))
+                self.one_by_one.update({unit.path: why} if (why := _ways[unit.module]) else {})
                 if unit.path not in self.one_by_one:
                     try:
-                        with Meeting(self._dense, self._waiting, batch, records):
-                            return forward(*args, **kwargs)
+                        return meet(records, args, kwargs)
                     except UnknownMeetingError as error:
                         self.one_by_one[unit.path] = str(error)
                 return self._one_by_one(unit, original, args, kwargs)
@@ -203,10 +221,10 @@ class ExactGradients(ClippedGradients):
             dimensions = batch_dimensions(results[0], whole)
             result = joined(results, dimensions)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise refusal(name, f"its layer takes no single example: {one_line(error)[:120]}") from None
+            raise refusal(name, f"its layer takes no single example: {type(error).__name__}") from None
         for alone, every in zip(tensors(result), tensors(whole), strict=True):
             # Where dropout was drawn, two passes are never equal.
-            if not drawn and not float((alone - every).norm()) <= WHOLE_TOLERANCE * float(every.norm()):
+            if not drawn and not float((alone.detach() - every).norm()) <= WHOLE_TOLERANCE * float(every.norm()):
                 raise refusal(name, "its layer mixes the examples of a batch")
         if batch > 1:
             self._dimensions[unit.path] = dimensions
@@ -222,7 +240,7 @@ class ExactGradients(ClippedGradients):
     def _prompt(self, unit: Unit, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(batch_size: int, *args: Any, **kwargs: Any) -> Any:
             if batch_size != self._batch:
-                raise UserError(f"the model makes {batch_size} prompts for a batch of {self._batch} examples")
+                raise UserError("the model makes another number of prompts than there are examples")
             return self._spread(unit, lambda: original(1, *args, **kwargs))
 
         return run
@@ -343,6 +361,15 @@ def _generator(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The state of the random generator of the device that a layer runs on."""
     device = _given(args, kwargs)[0].device
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _reason(rehearsal: Callable[[], Any]) -> str | None:
+    """The operation without a rule that a layer meets; None when there is none."""
+    try:
+        rehearsal()
+    except UnknownMeetingError as error:
+        return str(error)
+    return None
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

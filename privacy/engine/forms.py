@@ -1,7 +1,8 @@
-"""Other forms of two layers, equal in what they compute, that bring small tensors to the records, not large ones.
+"""Other forms of some layers, equal in what they compute, that bring small tensors to the records, not large ones.
 
-HRA and BOFT build a rotation of the whole width before they use it; the gradient of such a matrix, for each example,
-costs more than the rest of the layer. Here the records are rotated instead, by the factors.
+HRA and BOFT build a rotation of the whole width before they use it, trained tokens a whole vocabulary; the gradient of
+such a matrix, for each example, costs more than the rest of the layer. Here the records are rotated instead, by the
+factors, and only the trained tokens are looked up among the trainables.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.boft.layer import Linear as BoftLinear
 from peft.tuners.hra.layer import HRALinear
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 from torch.autograd import Function
 
@@ -23,7 +25,14 @@ def form_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     active: Any = getattr(layer, "active_adapters", ())
     if form is None or len(active) != 1 or layer.merged or layer.disable_adapters:
         return None
+    if form is _tokens and not _is_plain_table(layer):
+        return None
     return lambda x: form(layer, active[0], x)
+
+
+def _is_plain_table(layer: Any) -> bool:
+    base = layer.get_base_layer()
+    return type(base) is nn.Embedding and not (base.max_norm or base.scale_grad_by_freq or base.sparse)
 
 
 def _hra(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +78,17 @@ def _boft(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
     return result if base.bias is None else result + base.bias
 
 
+def _tokens(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    """The trained rows of a vocabulary alone, looked up beside the frozen ones, never a table with both."""
+    base, rows = layer.get_base_layer(), layer.trainable_tokens_delta[adapter]
+    place = torch.full((base.num_embeddings,), -1, device=x.device)
+    place[torch.tensor(layer.token_indices[adapter], device=x.device)] = torch.arange(len(rows), device=x.device)
+    padding = None if base.padding_idx is None else int(place[base.padding_idx])
+    at = place[x]
+    trained = F.embedding(at.clamp(min=0), rows, padding_idx=padding if padding != -1 else None)
+    return torch.where((at >= 0)[..., None], trained, F.embedding(x, base.weight))
+
+
 class Permuted(Function):
     """The last dimension in another order; ``back`` is the way back."""
 
@@ -85,4 +105,5 @@ class Permuted(Function):
 _FORMS: dict[type[nn.Module], Callable[[Any, str, torch.Tensor], torch.Tensor]] = {
     HRALinear: _hra,
     BoftLinear: _boft,
+    TrainableTokensLayer: _tokens,
 }

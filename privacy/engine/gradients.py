@@ -148,11 +148,12 @@ class ClippedGradients(ABC):
         """
         if losses.dim() != 1:
             raise UserError(
-                f"the task gave a loss of shape {list(losses.shape)}; under DP it must be one number an example"
+                f"the task gave losses of {losses.dim()} dimensions; under DP there must be one number an example"
             )
         expected, self._expected = self._expected, None
         if expected is not None and expected != len(losses):
-            raise UserError(f"the task gave {len(losses)} losses for {expected} examples; under DP each needs its own")
+            # No count: how many records a batch drew is the site's own secret.
+            raise UserError("the task gave another number of losses than of examples; under DP each needs its own")
         if units is not None and units.shape != losses.shape:
             raise ValueError(f"{len(units)} unit numbers for {len(losses)} rows")
         if not len(losses):
@@ -184,7 +185,7 @@ class ClippedGradients(ABC):
                 numbers.setdefault(unit, len(numbers)) if math.isfinite(norm) else -1
                 for unit, norm in zip(units.tolist(), norms, strict=True)
             ]
-            unit_norms = _norms(blocks, torch.tensor(groups, device=units.device), len(numbers))
+            unit_norms = _norms(blocks, torch.tensor(groups, device=self._layout()[0].device), len(numbers))
         scales = [self._scale(norm) for norm in unit_norms]
         weights = [scales[group] if group >= 0 else 0.0 for group in groups]
         self.skipped += weights.count(0.0)

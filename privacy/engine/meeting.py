@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
+from .gradients import wide
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import ConvolutionRows, EinsumRows, EmbeddingRows, LayerNormRows, LinearRows, ScaleRows, ShiftRows
 
@@ -28,12 +29,23 @@ class UnknownMeetingError(Exception):
     """A record meets a trainable in an operation without a rule."""
 
 
-class Meeting(TorchFunctionMode):
-    """A context in which ``records`` (tensors with one row an example first) meet the parameters of ``rows``."""
+class TooLargeError(Exception):
+    """The rows of a derived tensor would take more memory than is allowed; ``most_rows``: how many would not."""
 
-    def __init__(self, rows: Rows, waiting: Waiting, batch: int, records: Sequence[torch.Tensor]) -> None:
+    def __init__(self, most_rows: int) -> None:
         super().__init__()
-        self._rows, self._waiting, self.batch = rows, waiting, batch
+        self.most_rows = most_rows
+
+
+class Meeting(TorchFunctionMode):
+    """A context in which ``records`` (tensors with one row an example first) meet the parameters of ``rows``.
+
+    ``memory``: bytes that the rows of one derived tensor may take.
+    """
+
+    def __init__(self, rows: Rows, waiting: Waiting, batch: int, records: Sequence[torch.Tensor], memory: int) -> None:
+        super().__init__()
+        self._rows, self._waiting, self.batch, self._memory = rows, waiting, batch, memory
         self._known = rows.known
         # By identity; holding them keeps the identities theirs.
         self._data = {id(record): record for record in records}
@@ -121,6 +133,9 @@ class Meeting(TorchFunctionMode):
                 behind = trainables_behind(value, self._known, self._entries) if value.grad_fn is not None else [value]
             except ForeignGraphError:
                 raise UnknownMeetingError("something else than trainables meets the records") from None
+            of_one = value.numel() * wide(value.dtype).itemsize
+            if of_one * self.batch > self._memory:
+                raise TooLargeError(max(1, self._memory // of_one))
             derived = self._derived[id(value)] = DerivedSlot(self._waiting, value, behind)  # type: ignore[arg-type]
         derived.used()
         return derived.leaf, derived

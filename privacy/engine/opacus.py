@@ -70,8 +70,8 @@ class OpacusGradients(ClippedGradients):
                 )
             if isinstance(sample, list) or sample.shape != (rows, *parameter.shape):
                 raise UserError(
-                    f"tensor {name}: its per-sample gradient does not have one row for each of the {rows} examples; "
-                    "it cannot be trained with privacy"
+                    f"tensor {name}: its per-sample gradient does not have one row for each example; it cannot be "
+                    "trained with privacy"
                 )
             parts.append(sample.reshape(rows, -1).to(wide(sample.dtype)))
             parameter.grad_sample = None  # type: ignore[attr-defined]

@@ -106,6 +106,8 @@ def _is_plain(layer: BaseTunerLayer) -> bool:
 
 
 def _kind(module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return "meeting"  # somebody has put another in its place
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is Conv1D:

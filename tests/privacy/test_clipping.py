@@ -78,7 +78,9 @@ def test_the_mean_loss_of_a_batch_is_refused(lab: Any, engine: str) -> None:
     with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
         for reduce in (torch.mean, lambda losses: losses[:, None]):
             made.expect(5)
-            with pytest.raises(UserError, match=r"loss of shape \[.*\]; under DP it must be one number an example"):
+            with pytest.raises(
+                UserError, match=r"losses of \d dimensions; under DP there must be one number an example"
+            ):
                 made.add(reduce(lab.losses(adapter.model, batch)))
 
 
@@ -88,7 +90,7 @@ def test_losses_that_were_averaged_in_groups_are_refused(lab: Any, engine: str) 
     batch = lab.batch(*BERT, lab.records(*BERT, (3, 4, 5, 6)))
     with create_engine(engine, adapter.model, adapter.trainables(), 1.0) as made:
         made.expect(4)
-        with pytest.raises(UserError, match="gave 2 losses for 4 examples"):
+        with pytest.raises(UserError, match="another number of losses than of examples"):
             made.add(lab.losses(adapter.model, batch).reshape(2, 2).mean(1))
 
 

@@ -220,6 +220,58 @@ def test_layers_that_no_rule_knows_are_exact_too(lab: Any, layer: nn.Module) -> 
         assert set(engine.one_by_one) == {"inner"}
 
 
+def test_a_parameter_whose_memory_is_turned_keeps_its_own_order(lab: Any) -> None:
+    torch.manual_seed(0)
+    model = _Model(nn.Linear(WIDTH, 5), True).double()
+    model.layer.weight = nn.Parameter(torch.randn(WIDTH, 5, dtype=torch.float64).t())
+    assert not model.layer.weight.is_contiguous()
+    x = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    with ExactGradients(model, parameters, 0.5) as engine:
+        engine.expect(ROWS)
+        engine.add(model(x))
+        engine.release(0.0, 1.0, STREAM)
+        lab.close(lab.flat(parameters), lab.clipped(_rows(model, x, lab), 0.5))
+
+
+def test_a_layer_that_somebody_gave_another_forward_pass_is_followed_there(lab: Any) -> None:
+    torch.manual_seed(0)
+    model = _Model(nn.Linear(WIDTH, WIDTH), True).double()
+    layer: Any = model.layer
+    layer.forward = lambda x: F.linear(x.sin(), 2 * layer.weight, layer.bias) * layer.bias
+    x = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64)
+    parameters, theirs = dict(model.named_parameters()), layer.forward
+    with ExactGradients(model, parameters, 0.5) as engine:
+        engine.expect(ROWS)
+        engine.add(model(x))
+        engine.release(0.0, 1.0, STREAM)
+        lab.close(lab.flat(parameters), lab.clipped(_rows(model, x, lab), 0.5))
+    assert layer.forward is theirs
+
+
+@pytest.mark.parametrize("name", ["a power", "one tensor twice", "a division"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_either_kind_suits_every_meeting(lab: Any, name: str, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(_Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.layer, self.first(x), use_reentrant=reentrant).sin().flatten(1).sum(1)
+
+    shapes, work = WORK[name]
+    torch.manual_seed(0)
+    model = Checkpointed(_Layer(work, shapes), True).double()
+    x = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    rows = lab.gradients(list(parameters.values()), (_Model.forward(model, row[None])[0] for row in x))
+    with ExactGradients(model, parameters, 0.5) as engine:
+        for part in (x[:2], x[2:]):
+            engine.expect(2)
+            engine.add(model(part))
+        engine.release(0.0, 1.0, STREAM)
+        lab.close(lab.flat(parameters), lab.clipped(rows, 0.5))
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +298,17 @@ def test_a_layer_that_takes_no_single_example_is_refused_by_tensor() -> None:
         engine.expect(ROWS)
         with pytest.raises(UserError, match=r"tensor layer\.s .*its layer takes no single example: RuntimeError"):
             model(torch.randn(ROWS, LENGTH, WIDTH))
+
+
+def test_an_effective_weight_too_large_for_the_memory_is_refused_with_the_size_that_is_not() -> None:
+    model = _Model(_Layer(lambda m, x: F.linear(x, m.b @ m.a), {"a": (2, WIDTH), "b": (WIDTH, 2)}), False)
+    size = 4 * WIDTH * WIDTH
+    with ExactGradients(model, dict(model.named_parameters()), 1.0, memory=3 * size) as engine:
+        engine.expect(4)
+        with pytest.raises(UserError, match=r"layer layer: .* set train\.micro_batch to 3 or less"):
+            model(torch.randn(4, LENGTH, WIDTH))
+        engine.expect(3)
+        engine.add(model(torch.randn(3, LENGTH, WIDTH)))
 
 
 def test_a_layer_that_normalises_over_the_batch_is_refused() -> None:

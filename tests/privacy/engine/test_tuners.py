@@ -89,6 +89,19 @@ def test_every_tuner_of_the_table_is_tried(tuners: ModuleType) -> None:
     assert not set(FAST) & set(tuners.REFUSED)
 
 
+def test_trained_tokens_of_a_large_vocabulary_need_no_table_for_each_example(lab: Any, tuners: ModuleType) -> None:
+    """The memory that a single table would take is refused; the trained rows are not."""
+    model, case = tuners.build(lab, "trainable tokens", "bert")
+    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    records = lab.records(*case, lab.lengths)
+    table = model.get_base_model().bert.embeddings.word_embeddings.base_layer.weight
+    assert 5 * 8 * sum(p.numel() for p in trainables.values()) < 5 * 8 * table.numel()
+    memory = 5 * 8 * table.numel() - 1
+    with ExactGradients(model, trainables, 1.0, memory=memory) as engine:
+        engine.expect(5)
+        engine.add(lab.losses(model, lab.batch(*case, records)))
+
+
 @pytest.mark.parametrize("name", ["hra", "hra, orthogonal", "boft"])
 def test_another_form_of_a_layer_computes_what_the_layer_does(lab: Any, tuners: ModuleType, name: str) -> None:
     from fedgraft.privacy.engine.forms import form_of
