@@ -243,7 +243,9 @@ def _private_step(
 ) -> None:
     """Add the clipped gradients of ``sample`` to the step's sum."""
     task = resident.task
-    for micro, units in by_unit(examples, sample, config.train.micro_batch):
+    # Where the rows of a whole batch would not fit into memory, smaller ones add up to the same.
+    size = min(config.train.micro_batch, getattr(gradients, "most_rows", config.train.micro_batch))
+    for micro, units in by_unit(examples, sample, size):
         batch = to_device(task.collate(micro, resident.base.processor), resident.device)
         gradients.expect(len(micro))
         with autocast(config.train, resident.device):

@@ -754,3 +754,24 @@ def _norms(site: Site, config: RunConfig, start: AdapterState) -> np.ndarray:
         loss = model.task.losses(model.adapter.model, model.task.collate([example], model.base.processor))[0]
         norms.append(math.sqrt(sum(float((g**2).sum()) for g in torch.autograd.grad(loss, trainables))))
     return np.array(norms)
+
+
+def test_a_batch_whose_rows_do_not_fit_comes_in_parts(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = site.config(**{"train.local_steps": 2})
+    start = site.start(config)
+    promise = plan(config)
+    whole = site.train(config, start=start, plan=promise).state
+    seen: list[int] = []
+    plain = trainer.create_engine
+
+    def small(*args: Any) -> Any:
+        """Room for the gradients of five examples."""
+        engine = plain(*args)
+        engine.most_rows = 5
+        expect = engine.expect
+        engine.expect = lambda rows: (seen.append(rows), expect(rows))[1]  # type: ignore[method-assign]
+        return engine
+
+    parts = site.train(config, start=start, plan=promise, create=small).state
+    assert max(seen) == 5 and len(seen) > 4
+    assert gap(parts, whole) < 1e-5
