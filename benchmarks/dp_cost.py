@@ -276,21 +276,25 @@ def main() -> None:
         return
     repeats = 5 if arguments.quick else arguments.repeats
     methods = arguments.only.split(",") if arguments.only else [*METHODS, *TUNERS]
-    cases = []
     for model in arguments.models.split(","):
         for method in methods:
             ways = ("exact",) if arguments.own else ("exact", *RIGHT.get(method, ()))
-            case = cost(model, method, repeats, ways)
+            case = {**cost(model, method, repeats, ways), "repeats": repeats}
             if not arguments.no_memory and method in METHODS:
                 for way in ("plain", *(way for way in ways if isinstance(case[way], float))):
                     case[f"{way}_mib"] = round(memory(model, method, way), 1)
-            cases.append(case)
             print(json.dumps(case), flush=True)
-    if not arguments.quick:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}
-        conditions = {"batch": [ROWS, LENGTH], "repeats": repeats, "command": " ".join(sys.argv)}
-        results = {"machine": machine, **conditions, "cases": cases}
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            if not arguments.quick:
+                keep(case)
+
+
+def keep(case: dict[str, Any]) -> None:
+    """Write ``case`` beside those that are there, in place of an earlier one of its kind."""
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"] if RESULTS.exists() else []
+    others = [each for each in before if (each["model"], each["method"]) != (case["model"], case["method"])]
+    machine = {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}
+    results = {"machine": machine, "batch": [ROWS, LENGTH], "cases": [*others, case]}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
