@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .errors import NonFiniteError, UserError
 
-Policy = Literal["share", "freeze", "local"]
+Policy = Literal["share", "freeze", "local", "receive"]
 Averaging = Literal["linear", "product", "nonlinear"]
 _DTYPES = ("float32", "float64")
 _METADATA = "fedgraft"
@@ -35,7 +35,9 @@ class TensorSpec:
     ``averaging`` says what the mean of two sites' tensors means for the model's function: ``linear`` (the mean of
     the effects), ``product`` (one factor of a product: mean(B) mean(A) is not mean(B A)) or ``nonlinear``.
     ``policy``: ``share`` is trained and exchanged, ``freeze`` is equal everywhere and not trained, ``local`` is
-    trained and never leaves the site.
+    trained and never leaves the site, ``receive`` is taken from the server, trained and not sent back.
+    ``parameter`` false: no parameter of the model but what accompanies the adapter, such as a control variate (then
+    ``share`` says that it is sent back, ``freeze`` that it only comes down).
     """
 
     name: str
@@ -44,6 +46,7 @@ class TensorSpec:
     role: str = "weight"
     averaging: Averaging = "nonlinear"
     policy: Policy = "share"
+    parameter: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -113,8 +116,59 @@ class AdapterSpec:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors together."""
-        return sum(tensor.size for tensor in self.tensors)
+        """Numbers in all tensors of the model together."""
+        return sum(tensor.size for tensor in self.tensors if tensor.parameter)
+
+    @cached_property
+    def bare(self) -> AdapterSpec:
+        """The adapter as the method made it: every tensor shared, and nothing beside them."""
+        own = tuple(replace(t, policy="share") for t in self.tensors if t.parameter)
+        return self if own == self.tensors else replace(self, tensors=own)
+
+    @cached_property
+    def extras(self) -> tuple[TensorSpec, ...]:
+        """What accompanies the adapter, in order."""
+        return tuple(tensor for tensor in self.tensors if not tensor.parameter)
+
+    def with_extras(self, extras: Iterable[TensorSpec]) -> AdapterSpec:
+        """A copy whose adapter is accompanied by exactly ``extras``, after its own tensors."""
+        own = tuple(tensor for tensor in self.tensors if tensor.parameter)
+        return replace(self, tensors=(*own, *(replace(extra, parameter=False) for extra in extras)))
+
+    def with_rank(self, rank: int) -> AdapterSpec:
+        """The same adapter at another rank: the factors' shapes, and their scaling by the same rule.
+
+        Raises :class:`UserError` where a tensor other than the factors hangs on the rank.
+        """
+        if rank == self.rank or not self.pairs:
+            return self
+        if self.rank is None or self.options.get("common_rank"):
+            raise UserError(f"method {self.method} cannot mix ranks; give all sites one rank")
+        power = 0.5 if self.options.get("scaling") == "sqrt" else 1.0
+        factor = (self.rank / rank) ** power
+        shapes = {pair.a: (rank, self.by_name[pair.a].shape[1]) for pair in self.pairs}
+        shapes |= {pair.b: (self.by_name[pair.b].shape[0], rank) for pair in self.pairs}
+        return replace(
+            self,
+            rank=rank,
+            tensors=tuple(replace(t, shape=shapes.get(t.name, t.shape)) for t in self.tensors),
+            pairs=tuple(replace(pair, scaling=pair.scaling * factor) for pair in self.pairs),
+        )
+
+    def with_offset(self, ranks: Mapping[str, int]) -> AdapterSpec:
+        """A copy with a low-rank change of the base weights; ``ranks`` maps a pair's ``a`` to the rank of its change.
+
+        The change of pair p is the product ``offset_b(p) @ offset_a(p)``, (m, R) @ (R, n), in the layout and without
+        the scaling of dW. Other extras stay; a pair that is not named has no change.
+        """
+        others = [tensor for tensor in self.extras if tensor.role != "offset"]
+        offsets = []
+        for pair in self.pairs:
+            if rank := ranks.get(pair.a, 0):
+                (_, n), (m, _) = self.by_name[pair.a].shape, self.by_name[pair.b].shape
+                for name, shape in ((offset_a(pair), (rank, n)), (offset_b(pair), (m, rank))):
+                    offsets.append(TensorSpec(name, shape, role="offset", policy="freeze", parameter=False))
+        return self.with_extras((*others, *offsets))
 
     def with_policy(self, policy: Policy, where: Callable[[TensorSpec], bool]) -> AdapterSpec:
         """A copy in which every tensor that satisfies ``where`` has ``policy``."""
@@ -152,6 +206,16 @@ class AdapterSpec:
     def digest(self) -> str:
         """SHA-256 of the description, first 16 hex digits: equal on both ends or nothing is exchanged."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def offset_a(pair: LowRankPair) -> str:
+    """The name of the right factor of a change of the base weights (see :meth:`AdapterSpec.with_offset`)."""
+    return f"{pair.a}.offset"
+
+
+def offset_b(pair: LowRankPair) -> str:
+    """The name of the left factor."""
+    return f"{pair.b}.offset"
 
 
 def explain_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
@@ -302,8 +366,14 @@ class AdapterState(Mapping[str, np.ndarray]):
         return self
 
     def delta(self, pair: LowRankPair) -> np.ndarray:
-        """The dense update scaling * B A of one pair, shape (m, n), in float64. For tests and small models."""
-        return pair.scaling * (self[pair.b].astype(np.float64) @ self[pair.a].astype(np.float64))
+        """The dense update scaling * B A of one pair, shape (m, n), in float64. For tests and small models.
+
+        With what was added to the base weights, where the adapter carries such an offset.
+        """
+        dense = pair.scaling * (self[pair.b].astype(np.float64) @ self[pair.a].astype(np.float64))
+        if offset_a(pair) in self:
+            dense = dense + self[offset_b(pair)].astype(np.float64) @ self[offset_a(pair)].astype(np.float64)
+        return dense
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the spec travels in its metadata."""

@@ -195,4 +195,5 @@ def _describe(model: PeftModel, method: Method, config: MethodConfig) -> Adapter
         pairs=tuple(pairs),
         rank=config.rank if method.uses_rank else None,
         alpha=config.alpha if method.uses_rank else None,
+        options=method.options,
     )

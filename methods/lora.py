@@ -57,6 +57,7 @@ register(
         meaning=lora_meaning,
         uses_rank=True,
         accepts=LORA_ACCEPTS,
+        options={"scaling": "sqrt"},
     )
 )
 register(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -23,7 +23,9 @@ class Method:
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
     ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
-    ``layers`` and ``dropout`` do; ``dp``: where its exact clipping comes from.
+    ``layers`` and ``dropout`` do; ``dp``: where its exact clipping comes from. ``options`` enter the adapter's
+    description: ``scaling = "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where sites cannot
+    differ in rank.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Method:
     uses_rank: bool = False
     accepts: frozenset[str] = frozenset()
     dp: str = "exact"
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 _METHODS: dict[str, Method] = {}

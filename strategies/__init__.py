@@ -1,11 +1,15 @@
 """How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
 from . import averaging, frozen_factor
-from .aggregator import Aggregator, Capabilities, create_aggregator, strategies, strategy
+from .aggregator import Aggregator, Capabilities, Options, create_aggregator, strategies, strategy
+from .local import LocalRule, Training
 
 __all__ = [
     "Aggregator",
     "Capabilities",
+    "LocalRule",
+    "Options",
+    "Training",
     "averaging",
     "create_aggregator",
     "frozen_factor",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..core.adapter import AdapterState
 from ..core.errors import UserError, one_line
 from ..core.update import Update
+from .local import LocalRule, Training
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Capabilities:
     ``linear_sum``: the result is a weighted sum of the updates, so it works under a secure sum; ``needs_individual``:
     it must see single updates; ``touches_base``: it changes the base model; ``resets_state``: it changes the
     parameterisation, so that optimizer moments become meaningless; ``heterogeneous_ranks``: sites may differ in rank;
-    ``exact``: the aggregated dW equals the weighted mean of the sites' dW.
+    ``exact``: the aggregated dW equals the weighted mean of the sites' dW. ``two_passes``: a round asks each site
+    twice; ``needs_validation``: the server must score adapters on data of its own (``server.validation``);
+    ``needs_loss``: a site chooses by its training loss, which cannot be private.
     """
 
     linear_sum: bool = False
@@ -32,6 +35,9 @@ class Capabilities:
     resets_state: bool = False
     heterogeneous_ranks: bool = False
     exact: bool = False
+    two_passes: bool = False
+    needs_validation: bool = False
+    needs_loss: bool = False
 
 
 class Options(BaseModel):
@@ -46,24 +52,39 @@ class Aggregator(ABC):
     A round is: :meth:`start_round`, then :meth:`add` for each update as it comes, in the order of the sites' names,
     then :meth:`result`. Updates hold the tensors whose policy is ``share``. Nothing else may be kept of them than what
     the equation needs, so that memory does not grow with the number of sites.
+
+    ``round`` is the number of the round that runs, from 1; ``ranks`` maps a site to its rank; ``score`` gives the
+    accuracy of a whole adapter on the server's own data, where ``capabilities.needs_validation``. All three are set
+    from outside before :meth:`prepare` or :meth:`start_round`.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
     source: ClassVar[str] = ""
     capabilities: ClassVar[Capabilities] = Capabilities()
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
+        self.round = 0
+        self.ranks: Mapping[str, int] = {}
+        self.score: Callable[[AdapterState], float] | None = None
 
     def prepare(self, initial: AdapterState) -> AdapterState:
         """The adapter that the federation starts from: its values, and its tensors' policies."""
         return initial
 
     def for_site(self, state: AdapterState, site: str) -> AdapterState:
-        """What this site receives of the global ``state``."""
+        """What this site receives of the global ``state``, with the policies and extras that hold for it.
+
+        What it answers has exactly this description. Nothing of the call may be kept.
+        """
         return state
+
+    def local(self, training: Training, memory: Mapping[str, AdapterState]) -> LocalRule | None:
+        """What a site does otherwise in its training, if anything. Runs at the site, on a fresh aggregator."""
+        return None
 
     def start_round(self, state: AdapterState) -> None:
         """Forget the last round; ``state`` is the global adapter that the sites train from."""
@@ -76,9 +97,20 @@ class Aggregator(ABC):
     def add(self, update: Update) -> None:
         """Take in one site's update."""
 
+    def second_pass(self) -> AdapterState | None:
+        """After all updates: what every site that answered is asked about once more; None: the round is complete."""
+        return None
+
+    def add_refined(self, update: Update) -> None:
+        """Take in one site's second answer."""
+        raise NotImplementedError
+
     @abstractmethod
     def result(self) -> AdapterState:
-        """The next global adapter: at least the shared tensors; frozen ones are kept from the last."""
+        """The next global adapter: at least the shared tensors, the others are kept from the last.
+
+        One of another description (a base offset that has grown) must be whole.
+        """
 
     def memory(self) -> Mapping[str, AdapterState]:
         """What must survive a restart between rounds (moments, control variates), by name."""
