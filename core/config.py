@@ -29,6 +29,9 @@ from pydantic import (
 from .errors import UserError
 
 
+TensorPolicy = Literal["share", "local", "freeze", "odd", "even"]
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, and without undeclared keys."""
 
@@ -145,6 +148,19 @@ class ServerConfig(Section):
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's answers")
     join_timeout: float = Field(120.0, gt=0, description="seconds to wait for the sites to appear")
     wire_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="dtype of the tensors on the wire")
+    upload: Literal["plain", "int8", "topk"] = Field(
+        "plain", description="what a site sends: its tensors, or its change rounded by chance to int8, or its largest"
+    )
+    top_fraction: float = Field(0.1, gt=0, le=1, description="share of the numbers that topk sends")
+    entropy_coding: bool = Field(False, description="compress messages losslessly where that makes them smaller")
+    optimizer: Literal["avg", "momentum", "adam", "yogi", "adagrad"] = Field(
+        "avg", description="what the server does with the aggregated change; avg: takes it as it is"
+    )
+    lr: float = Field(1.0, gt=0, description="learning rate of server.optimizer")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of server.optimizer: momentum, or Adam's and Yogi's beta 1")
+    beta2: float = Field(0.99, ge=0, lt=1, description="of server.optimizer: Adam's and Yogi's beta 2")
+    tau: float = Field(1e-3, gt=0, description="of server.optimizer: what keeps the adaptive ones from dividing by 0")
+    validation: str = Field("", description="CSV, JSONL or Parquet file of the server's own, to score adapters on")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the last rounds' checkpoints stay")
 
 
@@ -166,7 +182,11 @@ class SiteConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     path: str = ""
     model: str = Field("", description="another base model than the run's; refused by the fingerprint check")
-    rank: int = Field(0, ge=0, description="another rank than method.rank, for strategies that mix ranks; 0: the same")
+    rank: int = Field(0, ge=0, description="a rank below method.rank, for strategies that mix ranks; 0: the same")
+    memory: float = Field(
+        0.0, ge=0, description="GiB for training; with no rank given, the rank follows from it, see docs/strategies.md"
+    )
+    local_steps: int = Field(0, ge=0, description="another number of steps than train.local_steps; 0: the same")
 
 
 class DataConfig(Section):
@@ -209,6 +229,10 @@ class RunConfig(Section):
     rounds: int = Field(5, ge=1, description="rounds of training and aggregation")
     strategy: str = Field("fedit", description="a strategy of `fedgraft strategies`")
     strategy_options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
+    tensor_policy: dict[str, TensorPolicy] = Field(
+        default_factory=dict,
+        description="by pattern of the tensor's name: share, local, freeze, or odd, even (share in those rounds only)",
+    )
     model: str = Field(description="package:NAME/FOLDER, a local folder, or a hub name")
     start_from: str = Field("", description="a PEFT adapter folder to start from; empty: a fresh adapter")
     method: MethodConfig = MethodConfig()
@@ -362,10 +386,12 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     except (ValueError, RecursionError):
         parsed = {}
     value = parsed["value"] if len(parsed) == 1 else text.strip()
-    if key in ("model", "data.path", "start_from") and isinstance(value, str) and _exists(value):
+    if key in ("model", "data.path", "start_from", "server.validation") and isinstance(value, str) and _exists(value):
         value = str(Path(_home(value)).resolve())  # what a person types is relative to where they stand
     *parents, leaf = key.split(".")
-    if key not in known_keys() and parents[:1] != ["strategy_options"]:
+    if parents[:1] == ["tensor_policy"]:
+        parents, leaf = ["tensor_policy"], key.partition(".")[2]  # a pattern may hold dots
+    if key not in known_keys() and parents[:1] not in (["strategy_options"], ["tensor_policy"]):
         raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")
     node = values
     for parent in parents:
@@ -428,6 +454,7 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
             "data": data,
             "model": _model_path(config.model, folder),
             "start_from": absolute(config.start_from),
+            "server": config.server.model_copy(update={"validation": absolute(config.server.validation)}),
         }
     )
 
