@@ -133,7 +133,8 @@ class AdapterSpec:
     def with_extras(self, extras: Iterable[TensorSpec]) -> AdapterSpec:
         """A copy whose adapter is accompanied by exactly ``extras``, after its own tensors."""
         own = tuple(tensor for tensor in self.tensors if tensor.parameter)
-        return replace(self, tensors=(*own, *(replace(extra, parameter=False) for extra in extras)))
+        beside = (replace(extra, parameter=False, averaging="nonlinear") for extra in extras)
+        return replace(self, tensors=(*own, *beside))
 
     def with_rank(self, rank: int) -> AdapterSpec:
         """The same adapter at another rank: the factors' shapes, and their scaling by the same rule.

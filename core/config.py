@@ -28,7 +28,6 @@ from pydantic import (
 
 from .errors import UserError
 
-
 TensorPolicy = Literal["share", "local", "freeze", "odd", "even"]
 
 

@@ -18,6 +18,7 @@ from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError, one_line
 from ..core.tasks import Task
+from .offset import BaseOffset
 from .registry import Method, create_method
 
 _ADAPTER = "default"
@@ -45,9 +46,13 @@ class AttachedAdapter:
         self.model = model
         self.spec = spec
         self._parameters = {name: p for name, p in model.named_parameters() if name in spec.by_name}
+        self._offset = BaseOffset(model)
 
     def adopt(self, spec: AdapterSpec) -> None:
-        """Take over the policies of ``spec``: frozen tensors stop training."""
+        """Take over the policies of ``spec``: frozen tensors stop training. Its extras are no tensors of the model."""
+        if spec.bare.names != self.spec.bare.names:
+            odd = sorted(set(spec.bare.names) ^ set(self.spec.bare.names))
+            raise UserError(f"the description is not of this adapter: {odd[0] if odd else 'order'}")
         self.spec = spec
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(spec.by_name[name].policy != "freeze")
@@ -57,8 +62,8 @@ class AttachedAdapter:
         return {name: p for name, p in self._parameters.items() if p.requires_grad}
 
     def read(self, names: Iterable[str] | None = None) -> AdapterState:
-        """A snapshot of the adapter's tensors (all, or ``names``)."""
-        order = self.spec.names if names is None else tuple(names)
+        """A snapshot of the adapter's own tensors (all, or ``names``), without what accompanies it."""
+        order = self.spec.bare.names if names is None else tuple(names)
         tensors: dict[str, np.ndarray] = {}
         for name in order:
             want = getattr(torch, self.spec.by_name[name].dtype)
@@ -67,10 +72,21 @@ class AttachedAdapter:
         return AdapterState(self.spec, tensors, names=order)
 
     def write(self, state: AdapterState) -> None:
-        """Copy a full state into the model, in place, so that optimizers and hooks keep their parameters."""
-        if tuple(state) != self.spec.names:
-            missing = sorted(set(self.spec.names) ^ set(state))
-            raise UserError(f"the state is not the whole adapter: {missing[0] if missing else 'order'}")
+        """Copy a full state into the model, in place, so that optimizers and hooks keep their parameters.
+
+        The base weights become those that the state asks for: changed by its offset, or the original ones. Other
+        extras mean nothing to the model.
+        """
+        whole = [tensor.name for tensor in state.spec.tensors if tensor.parameter or tensor.role == "offset"]
+        own = state.spec.bare.names
+        if own != self.spec.bare.names or not set(whole) <= set(state):
+            odd = sorted(set(self.spec.bare.names) ^ set(own)) or [name for name in whole if name not in state]
+            raise UserError(f"the state is not the whole adapter: {odd[0] if odd else 'order'}")
+        for name, parameter in self._parameters.items():
+            # torch would spread a smaller tensor over a larger one.
+            if state[name].shape != tuple(parameter.shape):
+                raise UserError(explain_shape(name, state[name].shape, tuple(parameter.shape)))
+        self._offset.apply(state)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 array = state[name]
