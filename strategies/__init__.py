@@ -1,6 +1,6 @@
 """How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
-from . import averaging, frozen_factor
+from . import averaging, frozen_factor, lowrank
 from .aggregator import Aggregator, Capabilities, Options, create_aggregator, strategies, strategy
 from .local import LocalRule, Training
 
@@ -13,6 +13,7 @@ __all__ = [
     "averaging",
     "create_aggregator",
     "frozen_factor",
+    "lowrank",
     "strategies",
     "strategy",
 ]
