@@ -259,6 +259,11 @@ class RunConfig(Section):
             raise ValueError(
                 "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"
             )
+        if self.server.upload != "plain" and self.server.wire_dtype != "fp32":
+            raise ValueError(
+                f'server.upload "{self.server.upload}" sends changes of the adapter exactly as it was sent; '
+                'set server.wire_dtype = "fp32"'
+            )
         privacy = self.privacy
         if self.evaluate.release == "noised" and not privacy.enabled:
             raise ValueError('evaluate.release "noised" needs privacy.enabled, whose budget pays for it')

@@ -22,15 +22,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from .adapter import AdapterSpec, AdapterState
 from .errors import PrivateError, UserError, one_line
-from .packing import Table, pack, unpack
+from .packing import Table, pack, pack_change, unpack
 from .update import PrivacyStatement
 
-Kind = Literal["hello", "train", "evaluate"]
+Kind = Literal["hello", "train", "refine", "evaluate"]
 
 #: Every metric that may leave a site, by the kind of message. ``loss`` only where no privacy is promised.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "hello": ("records", "held_out", "units"),
     "train": ("records", "steps", "loss"),
+    "refine": ("records",),
     "evaluate": ("examples", "correct", "loss_sum"),
 }
 NEEDS_STATE = "needs-state"
@@ -47,9 +48,29 @@ _ANSWER: Mapping[str, type] = {
 }
 
 
-def encode_adapter(state: AdapterState, *, wire: str, whole: str | None = None, rest: str = "") -> RecordDict:
+def encode_adapter(
+    state: AdapterState, *, wire: str, whole: str | None = None, rest: str = "", code: bool = False
+) -> RecordDict:
     """``adapter`` and ``table`` records; see :func:`fedgraft.core.packing.pack`."""
-    arrays, table = pack(state, wire=wire, whole=whole, rest=rest)
+    return _records(*pack(state, wire=wire, whole=whole, rest=rest, code=code))
+
+
+def encode_change(
+    state: AdapterState,
+    base: AdapterState,
+    form: str,
+    *,
+    fraction: float,
+    random: np.random.Generator,
+    owed: np.ndarray | None = None,
+    code: bool = False,
+) -> tuple[RecordDict, np.ndarray]:
+    """The same for a change, and what is owed after it; see :func:`fedgraft.core.packing.pack_change`."""
+    *packed, owed = pack_change(state, base, form, fraction=fraction, random=random, owed=owed, code=code)
+    return _records(*packed), owed
+
+
+def _records(arrays: Mapping[str, np.ndarray], table: Table) -> RecordDict:
     return RecordDict(
         {
             "adapter": ArrayRecord({key: Array(array) for key, array in arrays.items()}),
@@ -73,8 +94,9 @@ def decode_adapter(
     sender: str,
     names: Iterable[str] | None = None,
     held: AdapterState | None = None,
+    base: AdapterState | None = None,
 ) -> AdapterState:
-    """Strict inverse of :func:`encode_adapter`; see :func:`fedgraft.core.packing.unpack` for what is refused."""
+    """Strict inverse of :func:`encode_adapter` and :func:`encode_change`; :func:`~.packing.unpack` says what it refuses."""
     table = decode_table(content, sender)
     arrays: dict[str, np.ndarray] = {}
     for key, array in content.array_records.get("adapter", ArrayRecord()).items():
@@ -84,7 +106,7 @@ def decode_adapter(
             raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
         if not isinstance(arrays[key], np.ndarray):
             raise UserError(f"{sender}: the packed {key} array is an archive, not an array")
-    return unpack(arrays, table, spec, sender=sender, names=names, held=held)
+    return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -29,11 +30,16 @@ from .aggregator import Aggregator
 _ROUNDING = 1e-9
 #: More than any site can have: a weight beyond it would drown the other sites, or overflow.
 _MOST_RECORDS = 10**12
+#: Encoded instructions that are kept: the sites of a rank or role share one.
+_KEEP = 8
 
 
 @dataclass
 class Phase:
-    """One training or evaluation: who answered what, who did not and why, who was not asked, and the bytes it took."""
+    """One training or evaluation: who answered what, who did not and why, who was not asked, and the bytes it took.
+
+    ``refined``: who gave the second answer of a training in two passes.
+    """
 
     kind: Kind
     round: int
@@ -41,6 +47,7 @@ class Phase:
     privacy: dict[str, PrivacyStatement] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     resting: tuple[str, ...] = ()
+    refined: list[str] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -64,8 +71,11 @@ class PeftStrategy(Strategy):
         self._run = run
         self._fingerprint = fingerprint
         self._config_json = config.to_json()
+        # What each site holds, and what its answer is about. Equal states are one object, whatever the number of sites.
         self._held: dict[str, AdapterState] = {}
-        self._encoded: dict[tuple[str, str], RecordDict] = {}
+        self._sent: dict[str, AdapterState] = {}
+        self._encoded: OrderedDict[tuple[str, str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
+        self._second: AdapterState | None = None
         self._waiting: set[str] = set()
         self._answered = 0
 
@@ -75,6 +85,7 @@ class PeftStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One instruction a site that the aggregator asks, made as it is taken, in the order of the sites' names."""
+        self.aggregator.round = server_round
         self.aggregator.start_round(self.state)
         return self._begin("train", server_round, self.aggregator.asked(self.config.site_names))
 
@@ -87,6 +98,16 @@ class PeftStrategy(Strategy):
             return None, None
         packed = encode_adapter(self.state, wire="fp32")
         return packed.array_records["adapter"], MetricRecord({"sites": self._answered})
+
+    def configure_refine(self) -> Iterable[Message]:
+        """The second instructions of a round, to the sites that answered the first; none for most strategies."""
+        if self._below_quorum():
+            return ()
+        self._second = self.aggregator.second_pass()
+        if self._second is None:
+            return ()
+        self._waiting = set()
+        return self._instructions(sorted(self.phase.metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -120,12 +141,23 @@ class PeftStrategy(Strategy):
     def finish_train(self) -> bool:
         """Make the aggregate the next global adapter; False, and no change, below the quorum."""
         self._close()
-        if not self.samples and self._answered < self.config.quorum:
+        if self._below_quorum():
             return False
-        merged = self.aggregator.result().filled_from(self.state)
-        self.state = AdapterState(self.state.spec, dict(merged)).require_finite()
+        result = self.aggregator.result()
+        if set(result) != set(result.spec.names) or result.spec == self.state.spec:
+            known = {name: array for name, array in result.items() if name in self.state.spec.by_name}
+            result = AdapterState(self.state.spec, {**self.state, **known})
+        if result.spec.bare != self.state.spec.bare:
+            raise UserError(f"strategy `{self.config.strategy}` made another adapter of the one it was given")
+        self.state = result.require_finite()
         self._encoded.clear()
+        self._sent.clear()
+        self._second = None
         return True
+
+    def _below_quorum(self) -> bool:
+        answered = self._answered if self._second is None else len(self.phase.refined)
+        return not self.samples and answered < self.config.quorum
 
     def totals(self) -> dict[str, float]:
         """Sums over the sites' evaluation counts; empty when no site released any."""
@@ -153,6 +185,8 @@ class PeftStrategy(Strategy):
         self.phase = Phase(kind, server_round, resting=resting)
         self._answered = 0
         self._waiting = set()
+        self._sent.clear()
+        self._second = None
         return self._instructions(sorted(site for site in self.sites.values() if site not in resting))
 
     def _instructions(self, names: list[str]) -> Iterator[Message]:
@@ -163,38 +197,45 @@ class PeftStrategy(Strategy):
             yield Message(
                 content,
                 dst_node_id=node_of[site],
-                message_type=self.phase.kind,
+                message_type="query.refine" if self._second is not None else self.phase.kind,
                 group_id=str(self.phase.round),
                 ttl=self.config.server.round_timeout,
             )
 
     def _content(self, site: str) -> RecordDict:
-        state = self.aggregator.for_site(self.state, site)
+        state = self.aggregator.for_site(self.state if self._second is None else self._second, site)
         held = self._held.get(site)
-        key = (state.digest, held.digest if held is not None else "")
+        key = (state.spec.digest, state.digest, held.digest if held is not None else "")
         if key not in self._encoded:
-            # Memory stays flat: of the encoded forms only those of the present state are kept.
             part = state
             if held is not None:
                 part = state.only(n for n in state if n not in held or held[n].tobytes() != state[n].tobytes())
-            rest = key[1] if len(part) < len(state) else ""
-            self._encoded[key] = encode_adapter(part, wire=self.config.server.wire_dtype, whole=state.digest, rest=rest)
-        self._held[site] = state
+            rest = key[2] if len(part) < len(state) else ""
+            server = self.config.server
+            packed = encode_adapter(
+                part, wire=server.wire_dtype, whole=state.digest, rest=rest, code=server.entropy_coding
+            )
+            self._encoded[key] = (state, packed)
+            while len(self._encoded) > _KEEP:
+                self._encoded.popitem(last=False)
+        state, packed = self._encoded[key]
+        self._held[site] = self._sent[site] = state
         job = Job(self._run, self.phase.round, site, self._config_json, self._fingerprint)
-        return RecordDict({"job": job.to_record(), **self._encoded[key]})
+        return RecordDict({"job": job.to_record(), **packed})
 
     def _take(self, reply: Message) -> None:
         site = self.sites.get(reply.metadata.src_node_id)
         if reply.has_error():
             # Flower names the node of a crashed site only sometimes; an unnamed one is found missing at the end.
-            if site is not None and site not in self.phase.metrics:
+            if site is not None and (self._second is not None or site not in self.phase.metrics):
                 self._excuse(site, f"its process failed: {reply.error.reason}")
             return
-        if site in self.phase.metrics:
+        if site in (self.phase.metrics if self._second is None else self.phase.refined):
             # What a site says a second time must not count twice, nor undo what it said first.
             return
         try:
-            answer = decode_answer(reply.content, self.phase.kind, site or "an unknown site")
+            kind = "refine" if self._second is not None else self.phase.kind
+            answer = decode_answer(reply.content, kind, site or "an unknown site")
             self._accept(answer, reply, site)
         except UserError as error:
             if site is not None:
@@ -210,10 +251,12 @@ class PeftStrategy(Strategy):
             if answer.code == NEEDS_STATE:
                 self._waiting.add(site)
             raise UserError(answer.error)
+        if self._second is not None:
+            self._accept_refined(answer, reply, site)
+            return
         if self.phase.kind == "train":
-            shared = self.state.spec.select("share")
-            state = decode_adapter(reply.content, self.state.spec, sender=site, names=shared)
-            if state.spec != self.state.spec:
+            state = self._decode(reply, site)
+            if state.spec != self._sent[site].spec:
                 raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
             records = answer.metrics.get("records", 0)
             if not 1 <= records <= _MOST_RECORDS:
@@ -228,6 +271,20 @@ class PeftStrategy(Strategy):
             self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics
         self._answered += 1
+
+    def _decode(self, reply: Message, site: str) -> AdapterState:
+        sent = self._sent[site]
+        return decode_adapter(reply.content, sent.spec, sender=site, names=sent.spec.select("share"), base=sent)
+
+    def _accept_refined(self, answer: Answer, reply: Message, site: str) -> None:
+        if site not in self.phase.metrics:
+            raise UserError(f"{site}: was not asked a second time")
+        privacy = answer.privacy or PrivacyStatement(enabled=False)
+        if self.config.privacy.enabled:
+            self._require_promise(site, privacy, answer.metrics)
+        first = self.phase.metrics[site]
+        self.aggregator.add_refined(Update(site, self._decode(reply, site), first["records"], first, privacy))
+        self.phase.refined.append(site)
 
     def _require_promise(self, site: str, promise: PrivacyStatement, metrics: Mapping[str, float]) -> None:
         """Raise :class:`UserError` unless the site says that it kept to the run's privacy."""
