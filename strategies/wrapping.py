@@ -33,7 +33,7 @@ class Wrapper(Aggregator):
         )
 
     @property
-    def round(self) -> int:  # type: ignore[override]
+    def round(self) -> int:
         return self.inner.round
 
     @round.setter
@@ -41,7 +41,7 @@ class Wrapper(Aggregator):
         self.inner.round = number
 
     @property
-    def ranks(self) -> Mapping[str, int]:  # type: ignore[override]
+    def ranks(self) -> Mapping[str, int]:
         return self.inner.ranks
 
     @ranks.setter
@@ -49,7 +49,7 @@ class Wrapper(Aggregator):
         self.inner.ranks = ranks
 
     @property
-    def score(self) -> Callable[[AdapterState], float] | None:  # type: ignore[override]
+    def score(self) -> Callable[[AdapterState], float] | None:
         return self.inner.score
 
     @score.setter
