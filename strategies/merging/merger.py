@@ -46,7 +46,8 @@ class Context:
     ``spec`` describes the result (its rank, its scaling); every state that ``score`` and ``loss`` are asked about has
     it. ``score`` (higher is better) and ``loss`` (lower is better) are of a whole adapter on the merging side's own
     records, and ``labels`` is how many of them there are. ``embeddings`` maps an adapter's name to vectors of texts
-    that it was trained for, (texts, d), and ``texts`` are those of the texts that the merged adapter is for.
+    that it was trained for, (texts, d), each of length one, or to their mean alone, (1, d), with ``noise`` on each
+    coordinate (a standard deviation, by name); ``texts`` are those of the texts that the merged adapter is for.
     ``fisher`` maps a name to the diagonal Fisher information of each of its tensors, one number a parameter, in the
     adapter's own description; ``grams`` maps a name to the Gram matrix X^T X (n, n) of the inputs of each of its
     pairs, by the pair's ``a``. ``heads``: whether the task heads are averaged or the first adapter's is kept.
@@ -59,6 +60,7 @@ class Context:
     loss: Callable[[AdapterState], float] | None = None
     labels: int = 0
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
     texts: np.ndarray | None = None
     fisher: Mapping[str, AdapterState] = field(default_factory=dict)
     grams: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
