@@ -6,7 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -15,12 +15,13 @@ from ...core.adapter import AdapterSpec, AdapterState
 from ...core.errors import UserError
 from ..aggregator import Options
 
-Heads = Literal["mean", "first"]
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter to merge: whole, under a name that tells it from the others, with a weight that says how much."""
+    """One adapter to merge: whole, under a name that tells it from the others, with a weight that says how much.
+
+    Adapters may differ in rank and scaling, and in which modules they change: a pair that one lacks is dW = 0 there.
+    """
 
     name: str
     state: AdapterState
@@ -43,19 +44,21 @@ class Needs:
 class Context:
     """What is known beside the adapters.
 
-    ``spec`` describes the result (its rank, its scaling); every state that ``score`` and ``loss`` are asked about has
-    it. ``score`` (higher is better) and ``loss`` (lower is better) are of a whole adapter on the merging side's own
-    records, and ``labels`` is how many of them there are. ``embeddings`` maps an adapter's name to vectors of texts
-    that it was trained for, (texts, d), each of length one, or to their mean alone, (1, d), with ``noise`` on each
+    ``spec`` describes the result (its rank, its scaling; see :func:`.mixing.common_spec`); every state that ``score``
+    and ``loss`` are asked about has it. ``start``: the adapter that all of them were trained from, where its dW is not
+    zero; what is merged then is the change since. ``seed``: of whatever a rule draws. ``score`` (higher is better) and
+    ``loss`` (lower is better) are of a whole adapter on the merging side's own records, and ``labels`` is how many of
+    them there are. ``embeddings`` maps an adapter's name to vectors of texts that it was trained for, (texts, d), each
+    of length one, or to their mean alone, (1, d), with ``noise`` on each
     coordinate (a standard deviation, by name); ``texts`` are those of the texts that the merged adapter is for.
     ``fisher`` maps a name to the diagonal Fisher information of each of its tensors, one number a parameter, in the
     adapter's own description; ``grams`` maps a name to the Gram matrix X^T X (n, n) of the inputs of each of its
-    pairs, by the pair's ``a``. ``heads``: whether the task heads are averaged or the first adapter's is kept.
+    pairs, by the pair's ``a``.
     """
 
     spec: AdapterSpec
+    start: AdapterState | None = None
     seed: int = 0
-    heads: Heads = "mean"
     score: Callable[[AdapterState], float] | None = None
     loss: Callable[[AdapterState], float] | None = None
     labels: int = 0
@@ -100,7 +103,7 @@ class Merger(ABC):
 
     @abstractmethod
     def merge(self, adapters: Sequence[Adapter], context: Context) -> Merged:
-        """Merge ``adapters`` (at least one, names unique, weights positive, tensors of the same names)."""
+        """Merge ``adapters``: at least one, names unique, weights positive. One alone comes back as itself."""
 
     def warning(self, private: bool) -> str:
         """What a person should know before merging adapters (``private``: trained with DP noise); empty: nothing."""
