@@ -18,7 +18,7 @@ from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError, one_line
 from ..core.tasks import Task
-from .offset import BaseOffset
+from .offset import BaseOffset, fold_into_folder
 from .registry import Method, create_method
 
 _ADAPTER = "default"
@@ -95,10 +95,15 @@ class AttachedAdapter:
                 parameter.copy_(source)
 
     def save_peft(self, folder: str | Path, state: AdapterState) -> Path:
-        """Write ``state`` as a PEFT adapter folder that ``PeftModel.from_pretrained`` loads."""
+        """Write ``state`` as a PEFT adapter folder that ``PeftModel.from_pretrained`` loads on the original base model.
+
+        What the state adds to the base weights becomes part of the adapter, of a larger rank where there is any.
+        """
         self.write(state)
         # Embeddings are never trained here; "auto" would ask the hub whether they were resized.
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        if any(tensor.role == "offset" for tensor in state.spec.extras):
+            fold_into_folder(Path(folder), state)
         return Path(folder)
 
     def load_peft(self, folder: str | Path) -> AdapterState:
@@ -138,7 +143,9 @@ class AttachedAdapter:
         untouched = sorted(name for name, p in self._parameters.items() if p._version == before[name])
         if untouched:
             raise UserError(f"{folder}: has no value for tensor {untouched[0]} of this run")
-        return self.read()
+        state = self.read()
+        self._offset.apply(state.with_spec(self.spec.bare))
+        return state
 
 
 def _meaning_of(config: PeftConfig) -> dict[str, object]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.adapter import AdapterState, LowRankPair, offset_a, offset_b
@@ -98,3 +101,29 @@ def _digest(left: np.ndarray, right: np.ndarray) -> str:
 def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     # torch will not wrap read-only memory.
     return torch.from_numpy(array.copy()).to(device, dtype)
+
+
+def fold_into_folder(folder: Path, state: AdapterState) -> None:
+    """Give the PEFT LoRA folder of ``state`` its offset as further rank: s [B, U / s] [A; V] = s B A + U V.
+
+    Rank and alpha of such a layer stand in the configuration's patterns, so that its scaling s stays.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
+    for pair in state.spec.pairs:
+        if offset_a(pair) not in state:
+            continue
+        # In a folder PEFT leaves the adapter's name out.
+        a, b = f"{module_of(pair)}.lora_A.weight", f"{module_of(pair)}.lora_B.weight"
+        right, left = torch.tensor(state[offset_a(pair)]), torch.tensor(state[offset_b(pair)].astype(np.float64))
+        tensors[a] = torch.cat([tensors[a], right.to(tensors[a])], dim=0)
+        tensors[b] = torch.cat([tensors[b], (left / pair.scaling).to(tensors[b])], dim=1).contiguous()
+        rank = tensors[a].shape[0]
+        # With ^ a pattern is this layer alone and no other whose name ends so.
+        layer = "^" + module_of(pair).removeprefix("base_model.model.")
+        ranks[layer] = rank
+        alphas[layer] = pair.scaling * (rank**0.5 if config.get("use_rslora") else rank)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from fedgraft.core.adapter import AdapterState, TensorSpec, offset_a, offset_b
 from fedgraft.core.basemodel import fingerprint
@@ -249,3 +252,52 @@ def test_clipping_stays_exact_on_changed_base_weights(lab: Any, family: str, eng
     lab.close(lab.summed(adapter, case, [records], clip, engine=engine), lab.clipped(rows, clip))
     adapter.write(plain)
     assert float((lab.rows(adapter, case, records).norm(dim=1) - norms).abs().max()) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_plain_peft_computes_the_same_from_a_folder(lab: Any, family: str, method: str, tmp_path: Path) -> None:
+    """On the original base model, with other ranks in each layer, and an alpha that is no multiple of any."""
+    adapter = lab.attach(family, TEXT, method, rank=3, alpha=7.0)
+    state = _offset(lab.shaken(adapter), ranks=(2, 0, 5))
+    adapter.save_peft(tmp_path, state)
+    want = _logits(lab, adapter.model, family)
+    without = lab.attach(family, TEXT, method, rank=3, alpha=7.0)
+    without.write(state.only(state.spec.bare.names).with_spec(state.spec.bare))
+    assert float((_logits(lab, without.model, family) - want).abs().max()) > 1e-2, "the offset must matter"
+
+    plain = PeftModel.from_pretrained(lab.base(family, TEXT).model, str(tmp_path)).eval()
+    assert float((_logits(lab, plain, family) - want).abs().max()) < 1e-5
+    merged = {name: p.detach().double().numpy() for name, p in plain.merge_and_unload().named_parameters()}
+    base = dict(lab.base(family, TEXT).model.named_parameters())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for pair in state.spec.pairs:
+        layer = module_of(pair).removeprefix("base_model.model.")
+        assert config["rank_pattern"].get(f"^{layer}", 3) == 3 + state.spec.by_name.get(offset_a(pair), _NONE).shape[0]
+        if method != "dora":
+            delta = merged[f"{layer}.weight"] - base[f"{layer}.weight"].detach().double().numpy()
+            np.testing.assert_allclose(delta.T if pair.fan_in_fan_out else delta, state.delta(pair), atol=2e-6)
+
+
+_NONE = TensorSpec("none", (0,))
+
+
+def test_a_folder_without_an_offset_is_the_plain_one(lab: Any, tmp_path: Path) -> None:
+    """Also after an offset: and what is loaded from it stands on the original base weights."""
+    adapter = lab.attach("bert", TEXT, "lora")
+    plain, before = lab.shaken(adapter), _digest(adapter)
+    adapter.save_peft(tmp_path / "before", plain)
+    adapter.write(_offset(plain))
+    adapter.save_peft(tmp_path / "after", plain)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
+    adapter.write(_offset(plain))
+    assert adapter.load_peft(tmp_path / "before") == plain
+    assert _digest(adapter) == before
+
+
+def test_a_folder_with_an_offset_is_no_start_for_another_rank(lab: Any, tmp_path: Path) -> None:
+    adapter = lab.attach("bert", TEXT, "lora")
+    adapter.save_peft(tmp_path, _offset(lab.shaken(adapter)))
+    with pytest.raises(UserError, match="its alpha_pattern is"):
+        lab.attach("bert", TEXT, "lora").load_peft(tmp_path)
