@@ -6,7 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from ...core.adapter import AdapterSpec, AdapterState
 from ...core.errors import UserError
 from ..aggregator import Options
+
+Heads = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class Context:
     coordinate (a standard deviation, by name); ``texts`` are those of the texts that the merged adapter is for.
     ``fisher`` maps a name to the diagonal Fisher information of each of its tensors, one number a parameter, in the
     adapter's own description; ``grams`` maps a name to the Gram matrix X^T X (n, n) of the inputs of each of its
-    pairs, by the pair's ``a``.
+    pairs, by the pair's ``a``. ``heads``: whether the task heads are averaged or the first adapter's is kept.
     """
 
     spec: AdapterSpec
     start: AdapterState | None = None
     seed: int = 0
+    heads: Heads = "mean"
     score: Callable[[AdapterState], float] | None = None
     loss: Callable[[AdapterState], float] | None = None
     labels: int = 0
