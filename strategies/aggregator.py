@@ -161,17 +161,26 @@ def strategies() -> dict[str, type[Aggregator]]:
     return dict(sorted(_STRATEGIES.items()))
 
 
-def create_aggregator(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
-    """The strategy called ``name`` with ``options`` checked. Raises :class:`UserError` in one line.
+def find_strategy(name: str) -> type[Aggregator]:
+    """The class of the strategy called ``name``; ``flwr:...`` names one of Flower's. Raises :class:`UserError`.
 
     Of the installed packages only the one that offers ``name`` is loaded, so that another's fault does no harm.
     """
+    if name.startswith("flwr:"):
+        from .foreign import foreign
+
+        return foreign(name)
     if name not in _STRATEGIES:
         offered = {entry.name: entry for entry in entry_points(group=_GROUP)}
         if name not in offered:
             raise UserError(f"unknown strategy `{name}`; {_nearest(name, {*_STRATEGIES, *offered})}")
         _load(offered[name])
-    cls = _STRATEGIES[name]
+    return _STRATEGIES[name]
+
+
+def create_aggregator(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
+    """The strategy called ``name`` with ``options`` checked. Raises :class:`UserError` in one line."""
+    cls = find_strategy(name)
     try:
         return cls(cls.Options.model_validate(dict(options or {})))
     except ValidationError as error:
