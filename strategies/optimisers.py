@@ -102,7 +102,8 @@ class ServerOptimiser(Wrapper):
                 continue
             x = state[name].astype(np.float64)
             step = self._step(name, given[name].astype(np.float64) - x)
-            moved[name] = (x + step).astype(tensor.dtype)
+            with np.errstate(over="ignore"):  # told below, by tensor
+                moved[name] = (x + step).astype(tensor.dtype)
         return AdapterState(given.spec, moved, names=tuple(given)).require_finite()
 
     def _step(self, name: str, delta: np.ndarray) -> np.ndarray:
