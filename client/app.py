@@ -6,19 +6,18 @@ import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from ..core.adapter import AdapterSpec, AdapterState
+from ..core.adapter import AdapterSpec, AdapterState, TensorSpec
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
-from ..core.packing import agree
 from ..core.progress import SILENT, Watch
 from ..core.tasks import Example
 from ..core.update import PrivacyStatement
@@ -31,6 +30,7 @@ from ..core.wire import (
     decode_table,
     encode_adapter,
     encode_answer,
+    encode_change,
     encode_refusal,
 )
 from ..privacy.accounting import Event
@@ -40,17 +40,21 @@ from ..privacy.ledger import Ledger, Limit, OverspentError, Part, Reservation
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan, statement
 from ..privacy.release import noised, release_event
+from ..strategies import LocalRule, Training, create_aggregator
 from .auditlog import AuditLog
 from .data import SiteData, load_site
 from .evaluation import evaluate
 from .gate import left, require_allowed, require_refusal
 from .job import own_version, shared_tensors
+from .memory import SiteMemory
 from .policy import Dataset, NoPolicyError, Policy, PolicyError, load_policy
 from .resident import Resident, resident
 from .trainer import train
 
 log = logging.getLogger("fedgraft.site")
 _NOISES = 8
+# What a site remembers beside what its strategy does, by name.
+_LOCAL, _PERSONAL, _OWED = "site-local", "site-personal", "site-owed"
 
 
 class _StateNotHeldError(UserError):
@@ -127,6 +131,7 @@ class SiteClient:
         self._prepared: dict[tuple[str, ...], _Prepared] = {}
         # Correlated noise goes on from round to round; its last rows are kept, or would have to be drawn anew.
         self._noise: OrderedDict[tuple[str, ...], CorrelatedNoise] = OrderedDict()
+        self._memories: dict[tuple[str, str, str], SiteMemory] = {}
         # Decisions that are in the audit log already: the policy and the job have not changed since.
         self._admitted: set[tuple[str, ...]] = set()
         # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
@@ -164,19 +169,26 @@ class SiteClient:
         policy = self._surroundings.policy(folder, context)
         dataset = policy.dataset_of(config, site, str(context.node_config.get("dataset", "")))
         here = visit.here = _Here(site, folder, context, policy, dataset)
+        config = own_version(config, site)
         policy.admit(config, job.fingerprint, dataset)
         decided = (str(folder), job.run, visit.digest, policy.digest, dataset.name)
         if decided not in self._admitted:
             visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
             self._admitted.add(decided)
-        handler = {"hello": self._hello, "train": self._train, "evaluate": self._evaluate}[visit.kind]
-        answer = handler(job, config, here, content)
-        spec = None
-        if visit.kind == "train":
-            own = resident(own_version(config, site)).adapter.spec
-            spec = agree(decode_table(content, "the server"), own, "the server")
+        handler = {"hello": self._hello, "train": self._train, "refine": self._refine, "evaluate": self._evaluate}
+        answer = handler[visit.kind](job, config, here, content)
+        received = None
+        if visit.kind in ("train", "refine"):
+            table = decode_table(content, "the server")
+            received = self._states[table.state, table.spec][0]
         require_allowed(
-            visit.kind, answer, config=config, policy=policy, dataset=dataset, fingerprint=job.fingerprint, spec=spec
+            visit.kind,
+            answer,
+            config=config,
+            policy=policy,
+            dataset=dataset,
+            fingerprint=job.fingerprint,
+            received=received,
         )
         return answer
 
@@ -206,6 +218,7 @@ class SiteClient:
 
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
+        self._require_strategy(config)
         if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             plan = self._plan(job, config, prepared)
@@ -223,7 +236,7 @@ class SiteClient:
                 "units": len(prepared.groups),
             },
             facts={
-                "spec": model.adapter.spec.with_policy("share", lambda t: True).digest,
+                "spec": model.adapter.spec.bare.digest,
                 "fingerprint": job.fingerprint,
             },
             privacy=self._promise(config, prepared),
@@ -231,8 +244,14 @@ class SiteClient:
 
     def _train(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
-        state = self._with_local(self._receive(content, here.context, model), here.context)
-        here.policy.require_tensors(state.spec.select("share"))
+        received = self._receive(content, here.context, model)
+        here.policy.require_tensors(received.spec.select("share"))
+        memory = self._memory(job, here)
+        known = memory.before(job.round)
+        state = _with_local(received, known)
+        rule = self._rule(job, config, here.site, known)
+        if rule is not None:
+            state = rule.begin(state, self._loss(config, prepared, model) if rule.needs_loss else None)
         plan = promise = reserved = noise = None
         if config.privacy.enabled:
             plan = self._plan(job, config, prepared)
@@ -264,7 +283,9 @@ class SiteClient:
                 clip=float(kept["clip"]) if kept.get("run") == job.run else None,  # type: ignore[arg-type]
                 noise=noise,
                 on_step=on_step,
+                rule=rule,
             )
+            personal = self._personal(rule, known, received, prepared, model, config, job, here.site)
         except BaseException:
             if reserved is not None:
                 # A step that broke off counts: how far it came is not known. What cannot be settled counts whole.
@@ -276,23 +297,141 @@ class SiteClient:
             promise = self._promise(config, prepared)
         if result.clip is not None:
             here.context.state["clip"] = ConfigRecord({"run": job.run, "clip": result.clip})
-        self._keep_local(result.state, here.context)
+        sent = rule.finish(result.state, received) if rule is not None else result.state
+        keep = {**(rule.remember() if rule is not None else {}), **_own_tensors(result.state), **personal}
+        upload, owed = self._packed(sent.only(received.spec.select("share")), received, config, job, here.site, known)
+        memory.keep(job.round, {**keep, **owed})
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
             metrics["loss"] = result.loss
-        shared = result.state.only(result.state.spec.select("share"))
+        return encode_answer("train", site=here.site, round=job.round, metrics=metrics, privacy=promise, adapter=upload)
+
+    def _refine(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        """The second answer of a round, made of what the training left behind: nothing is learned or spent anew."""
+        prepared, model = self._site(job, config, here)
+        received = self._receive(content, here.context, model)
+        here.policy.require_tensors(received.spec.select("share"))
+        known = self._memory(job, here).of(job.round)
+        rule = self._rule(job, config, here.site, known)
+        if rule is None or not known:
+            raise UserError(f"site {here.site} does not remember its training of round {job.round}")
+        shared = rule.refine(received).only(received.spec.select("share"))
+        server = config.server
         return encode_answer(
-            "train",
+            "refine",
             site=here.site,
             round=job.round,
-            metrics=metrics,
-            privacy=promise,
-            adapter=encode_adapter(shared, wire=config.server.wire_dtype),
+            metrics={"records": len(prepared.train)},
+            privacy=self._promise(config, prepared),
+            adapter=encode_adapter(shared, wire=server.wire_dtype, code=server.entropy_coding),
         )
+
+    def _rule(self, job: Job, config: RunConfig, site: str, known: Mapping[str, AdapterState]) -> LocalRule | None:
+        """What the run's strategy has this site do otherwise in the round."""
+        train = config.train
+        about = Training(
+            site=site,
+            round=job.round,
+            steps=train.local_steps,
+            lr=train.lr,
+            momentum=train.momentum if train.optimizer == "sgd" else 0.0,
+            private=config.privacy.enabled,
+        )
+        return create_aggregator(config.strategy, config.strategy_options).local(about, known)
+
+    def _require_strategy(self, config: RunConfig) -> None:
+        """Raise :class:`UserError` unless this site can do its part of the run's strategy."""
+        try:
+            rule = self._rule(Job("", 1, "", "", ""), config, "", {})
+        except UserError as error:
+            raise UserError(f"{error}; a site needs the package that offers its part of the strategy") from None
+        if rule is None or not config.privacy.enabled:
+            return
+        if rule.needs_loss:
+            raise UserError(
+                f"strategy `{config.strategy}` has a site choose by its training loss, which is not private"
+            )
+        if rule.personal() is not None:
+            raise UserError(
+                f"strategy `{config.strategy}` trains a second adapter on the same records, for which no budget is set "
+                "aside; choose another, or set privacy.enabled = false"
+            )
+
+    @staticmethod
+    def _loss(config: RunConfig, prepared: _Prepared, model: Resident) -> Callable[[AdapterState], float]:
+        """The mean training loss of an adapter, which only a run without privacy may make use of."""
+
+        def loss(state: AdapterState) -> float:
+            scores = evaluate(model, state, prepared.train, config)
+            return float(scores.loss_sum.sum() / max(scores.examples.sum(), 1))
+
+        return loss
+
+    def _personal(
+        self,
+        rule: LocalRule | None,
+        known: Mapping[str, AdapterState],
+        received: AdapterState,
+        prepared: _Prepared,
+        model: Resident,
+        config: RunConfig,
+        job: Job,
+        site: str,
+    ) -> dict[str, AdapterState]:
+        """The adapter that stays here, trained beside the shared one where the strategy asks for it."""
+        own = rule.personal() if rule is not None else None
+        if own is None:
+            return {}
+        start = AdapterState(received.spec, {**received, **known.get(_PERSONAL, {})})
+        # Batches of its own: under the shared training's name both would see the same ones.
+        name = f"{site}/{_PERSONAL}"
+        trained = train(
+            model,
+            own.begin(start, None),
+            prepared.train,
+            prepared.groups,
+            config,
+            site=name,
+            round=job.round,
+            plan=None,
+            rule=own,
+        )
+        return {_PERSONAL: trained.state.only(received.spec.bare.names)}
+
+    @staticmethod
+    def _packed(
+        shared: AdapterState,
+        received: AdapterState,
+        config: RunConfig,
+        job: Job,
+        site: str,
+        known: Mapping[str, AdapterState],
+    ) -> tuple[RecordDict, dict[str, AdapterState]]:
+        """What is sent, packed as ``server.upload`` says, and what a lossy form leaves owed, to be remembered."""
+        server = config.server
+        if server.upload == "plain":
+            return encode_adapter(shared, wire=server.wire_dtype, code=server.entropy_coding), {}
+        seed = hashlib.sha256(f"{config.seed}|{site}|{job.round}|rounding".encode()).digest()
+        upload, owed = encode_change(
+            shared,
+            received,
+            server.upload,
+            fraction=server.top_fraction,
+            random=np.random.default_rng(list(seed)),
+            owed=known[_OWED]["owed"] if _OWED in known else None,
+            code=server.entropy_coding,
+        )
+        if server.upload != "topk":
+            return upload, {}
+        spec = AdapterSpec("owed", (TensorSpec("owed", owed.shape, "float64"),))
+        return upload, {_OWED: AdapterState(spec, {"owed": owed})}
 
     def _evaluate(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
-        state = self._with_local(self._receive(content, here.context, model), here.context)
+        known = self._memory(job, here).of(job.round)
+        state = _with_local(self._receive(content, here.context, model), known)
+        if _PERSONAL in known:
+            state = AdapterState(state.spec, {**state, **known[_PERSONAL]})
         metrics: dict[str, float] = {}
         if config.evaluation_release == "noised":
             metrics = self._noised_counts(job, config, here.site, prepared, model, state)
@@ -412,7 +551,7 @@ class SiteClient:
 
     def _site(self, job: Job, config: RunConfig, here: _Here) -> tuple[_Prepared, Resident]:
         site, policy, dataset = here.site, here.policy, here.dataset
-        model = resident(own_version(config, site))
+        model = resident(config)
         if model.base.fingerprint != job.fingerprint:
             raise UserError(
                 f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
@@ -422,7 +561,7 @@ class SiteClient:
         # One process may serve runs that differ in nothing but where the site's data and ledger lie.
         key = (job.config, site, str(here.folder), dataset.name, str(place))
         if key not in self._prepared:
-            policy.require_tensors(shared_tensors(config, model))
+            policy.require_tensors(shared_tensors(config, model, site))
             data = self._surroundings.data(config, site, place, here.context)
             task, processor = model.task, model.base.processor
             by_patient = config.privacy.enabled and config.privacy.unit == "patient"
@@ -484,18 +623,24 @@ class SiteClient:
         content = RecordDict({"adapter": context.state["held.adapter"], "table": context.state["held.table"]})
         return decode_adapter(content, spec, sender="this site's own memory")
 
-    def _with_local(self, state: AdapterState, context: Context) -> AdapterState:
-        """``state`` with this site's personal tensors in place of the initial ones."""
-        kept = context.state.array_records.get("local")
-        names = state.spec.select("local")
-        if kept is None or not names:
-            return state
-        return AdapterState(state.spec, {**state, **{name: kept[name].numpy() for name in names}})
+    def _memory(self, job: Job, here: _Here) -> SiteMemory:
+        key = (str(here.folder), here.site, job.run)
+        if key not in self._memories:
+            self._memories[key] = SiteMemory(here.folder, job.run)
+        return self._memories[key]
 
-    def _keep_local(self, state: AdapterState, context: Context) -> None:
-        names = state.spec.select("local")
-        if names:
-            context.state["local"] = ArrayRecord({name: Array(np.array(state[name])) for name in names})
+
+def _with_local(state: AdapterState, known: Mapping[str, AdapterState]) -> AdapterState:
+    """``state`` with this site's personal tensors in place of the initial ones."""
+    own: Mapping[str, np.ndarray] = known.get(_LOCAL, {})
+    kept = {name: own[name] for name in state.spec.select("local") if name in own}
+    return AdapterState(state.spec, {**state, **kept}) if kept else state
+
+
+def _own_tensors(state: AdapterState) -> dict[str, AdapterState]:
+    """The personal tensors of ``state``, to be remembered."""
+    names = state.spec.select("local")
+    return {_LOCAL: state.only(names)} if names else {}
 
 
 def _sendable(error: Exception, folder: Path | None) -> Exception:
@@ -544,6 +689,10 @@ def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> Client
     @app.train()
     def local_training(message: Message, context: Context) -> Message:
         return client.answer("train", message, context)
+
+    @app.query("refine")
+    def second_pass(message: Message, context: Context) -> Message:
+        return client.answer("refine", message, context)
 
     @app.evaluate()
     def local_evaluation(message: Message, context: Context) -> Message:

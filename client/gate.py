@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from ..core.adapter import AdapterSpec
+from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
@@ -49,12 +49,12 @@ def require_allowed(
     policy: Policy,
     dataset: Dataset,
     fingerprint: str,
-    spec: AdapterSpec | None,
+    received: AdapterState | None,
 ) -> None:
     """Raise :class:`GateError` or :class:`PolicyError` unless the answer ``content`` may leave.
 
-    ``fingerprint``: of the base model; ``spec``: of the adapter that was trained, with what is shared, None where
-    nothing was.
+    ``fingerprint``: of the base model; ``received``: what the server sent to be trained, whose description says what
+    is shared, None where nothing was.
 
     Guarantee
     ---------
@@ -67,14 +67,14 @@ def require_allowed(
         answer = decode_answer(content, kind, _ITSELF)
         if answer.error or answer.code:
             raise UserError("it is a refusal that carries more than its text")
-        _require_adapter(content, spec, policy)
+        _require_adapter(content, received, policy)
         _require_facts(answer, kind, fingerprint)
     except PolicyError:
         raise
     except UserError as error:
         raise GateError(str(error)) from None
     _require_metrics(answer, config, policy)
-    _require_statement(answer.privacy, config, policy, dataset, trained=spec is not None)
+    _require_statement(answer.privacy, config, policy, dataset, trained=received is not None)
 
 
 def left(content: RecordDict) -> dict[str, Any]:
@@ -90,15 +90,15 @@ def left(content: RecordDict) -> dict[str, Any]:
     return told
 
 
-def _require_adapter(content: RecordDict, spec: AdapterSpec | None, policy: Policy) -> None:
-    if spec is None:
+def _require_adapter(content: RecordDict, received: AdapterState | None, policy: Policy) -> None:
+    if received is None:
         if {"adapter", "table"} & set(content):
             raise UserError("it carries an adapter, though nothing was trained")
         return
-    shared = spec.select("share")
+    shared = received.spec.select("share")
     # The strict way in of the other end: it refuses every tensor but these, and numbers that are none.
-    state = decode_adapter(content, spec, sender=_ITSELF, names=shared)
-    if state.spec != spec:
+    state = decode_adapter(content, received.spec, sender=_ITSELF, names=shared, base=received)
+    if state.spec != received.spec:
         raise UserError("it says otherwise than the run which tensors are shared")
     policy.require_tensors(shared)
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from ..core.config import RunConfig
 from ..core.errors import UserError
-from ..strategies import create_aggregator
+from ..strategies.compose import compose, ranks
 from .resident import Resident
 
 
 def own_version(config: RunConfig, site: str) -> RunConfig:
-    """The configuration with what is written for this site alone."""
+    """The configuration with what is written for this site alone: its base model, rank and local steps."""
     own = next((entry for entry in config.data.sites if entry.name == site), None)
-    if own is None or not (own.model or own.rank):
+    if own is None or not (own.model or own.rank or own.memory or own.local_steps):
         return config
-    method = config.method.model_copy(update={"rank": own.rank or config.method.rank})
-    return config.model_copy(update={"model": own.model or config.model, "method": method})
+    method = config.method.model_copy(update={"rank": ranks(config)[site]})
+    train = config.train.model_copy(update={"local_steps": own.local_steps or config.train.local_steps})
+    return config.model_copy(update={"model": own.model or config.model, "method": method, "train": train})
 
 
-def shared_tensors(config: RunConfig, model: Resident) -> tuple[str, ...]:
+def shared_tensors(config: RunConfig, model: Resident, site: str) -> tuple[str, ...]:
     """The tensors that a job would have leave: all of the adapter where its strategy is not known here."""
     try:
-        aggregator = create_aggregator(config.strategy, config.strategy_options)
-        return aggregator.prepare(model.adapter.read()).spec.select("share")
+        aggregator = compose(config)
+        return aggregator.for_site(aggregator.prepare(model.adapter.read()), site).spec.select("share")
     except UserError:
-        return model.adapter.spec.names
+        return model.adapter.spec.bare.names

@@ -77,7 +77,7 @@ def _objections(policy: Policy, job: Path, site: str) -> list[PolicyError]:
         dataset = policy.dataset_of(config, site)
         model = resident(own_version(config, site))
         found += policy.objections(config, model.base.fingerprint, dataset)
-        policy.require_tensors(shared_tensors(config, model))
+        policy.require_tensors(shared_tensors(config, model, site))
     except PolicyError as objection:
         found.append(objection)
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..privacy.correlated import CorrelatedNoise
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
 from ..privacy.sampling import Sample, draw, shares, shuffled_batches
+from ..strategies import LocalRule
 from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
@@ -101,6 +102,7 @@ def train(
     noise: CorrelatedNoise | None = None,
     on_step: OnStep = lambda step, loss: None,
     create: EngineFactory = create_engine,
+    rule: LocalRule | None = None,
 ) -> Trained:
     """Train ``state`` for ``train.local_steps`` steps and return it.
 
@@ -111,7 +113,8 @@ def train(
 
     A plan whose units come in turn needs their ``keys``; one with correlated noise that ``noise``; one whose bound
     adapts takes ``clip``, the bound that the last round ended with. ``create`` makes the engine that clips; the audit
-    puts one that it watches in its place.
+    puts one that it watches in its place. ``rule``: what the strategy has the site do otherwise; under privacy it sees
+    gradients that are clipped and noised, and where it lets some tensors rest, only the others are clipped and noised.
     """
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
@@ -124,6 +127,7 @@ def train(
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, first + step, config.total_steps))
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
+    course = _Course(rule, state, trainables)
     with (
         _training_mode(
             adapter.model,
@@ -136,19 +140,28 @@ def train(
     ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
         if plan is None:
-            losses = _plain_steps(resident, trainables, examples, config, stream, optimizer, schedule, on_step)
+            losses = _plain_steps(resident, course, examples, config, stream, optimizer, schedule, on_step)
         else:
             losses, sampler = [], Sampler(plan, groups, keys, stream)
             source = noise if noise is not None else stream
-            with create(config.privacy.engine, adapter.model, trainables, clip or plan.clip) as gradients:
+            clip = clip or plan.clip
+            with ExitStack() as engine:
                 for step in range(settings.local_steps):
+                    if course.changes(step):
+                        if noise is not None and step:
+                            raise UserError(
+                                "privacy.bands above 1 needs a strategy that trains the same tensors always"
+                            )
+                        engine.close()
+                        made = create(config.privacy.engine, adapter.model, course.active, clip)
+                        gradients = engine.enter_context(made)
                     number = plan.first_step + step
                     _private_step(resident, examples, sampler.sample(number), config, gradients, plan)
                     counted = (gradients.within, gradients.over) if plan.clip_quantile else ()
                     # An empty sample still releases its noise: skipping the step would tell that it was empty.
                     gradients.release(plan.gradient_noise, plan.expected_batch, plan.noise_for(source, number))
                     if counted:
-                        gradients.clip = adapted(
+                        gradients.clip = clip = adapted(
                             gradients.clip,
                             *counted,
                             quantile=plan.clip_quantile,
@@ -157,19 +170,59 @@ def train(
                             expected=plan.expected_batch,
                             stream=stream,
                         )
+                    course.direct(step)
                     optimizer.step()
                     schedule.step()
                     on_step(step + 1, None)
-                if plan.clip_quantile:
-                    clip = gradients.clip
+            if not plan.clip_quantile:
+                clip = None
+    course.end()
     for parameter in trainables.values():
         parameter.grad = None
-    trained = adapter.read()
+    trained = adapter.read().filled_from(state)
     try:
         trained.require_finite()
     except UserError as error:
         raise UserError(f"training diverged in round {round}: {error}; lower train.lr") from None
     return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None, clip)
+
+
+class _Course:
+    """Which tensors train at a step, and in what direction, as a strategy's rule says."""
+
+    def __init__(self, rule: LocalRule | None, state: AdapterState, trainables: dict[str, nn.Parameter]) -> None:
+        self.rule, self._spec, self._all = rule, state.spec, trainables
+        self.active: dict[str, nn.Parameter] = {}
+        self._start: Mapping[str, torch.Tensor] = {}
+        if rule is not None:
+            self._start = {name: parameter.detach().clone() for name, parameter in trainables.items()}
+
+    def changes(self, step: int) -> bool:
+        """Let the tensors of ``step`` train and the others rest; whether these are others than before."""
+        asked = self.rule.trains(self._spec, step) if self.rule is not None else None
+        now = {name: p for name, p in self._all.items() if asked is None or name in asked}
+        if now.keys() == self.active.keys():
+            return False
+        if not now:
+            raise UserError(f"the strategy lets no tensor train at step {step + 1}")
+        self.active = now
+        for name, parameter in self._all.items():
+            parameter.requires_grad_(name in now)
+            parameter.grad = None
+        return True
+
+    def direct(self, step: int) -> None:
+        """Put the rule's direction in place of the gradients."""
+        if self.rule is None:
+            return
+        for name, parameter in self.active.items():
+            if parameter.grad is not None:
+                now = parameter.detach()
+                parameter.grad = self.rule.direction(name, parameter.grad, now, self._start[name], step)
+
+    def end(self) -> None:
+        for parameter in self._all.values():
+            parameter.requires_grad_(True)
 
 
 class Sampler:
@@ -200,7 +253,7 @@ class Sampler:
 
 def _plain_steps(
     resident: Resident,
-    trainables: dict[str, nn.Parameter],
+    course: _Course,
     examples: Sequence[Example],
     config: RunConfig,
     stream: RandomStream,
@@ -213,6 +266,7 @@ def _plain_steps(
     batches = shuffled_batches(len(examples), settings.batch_size, stream)
     means = []
     for step in range(settings.local_steps):
+        course.changes(step)
         chosen = next(batches)
         total = 0.0
         optimizer.zero_grad(set_to_none=True)
@@ -224,7 +278,8 @@ def _plain_steps(
             total += float(loss.detach())
         scaler.unscale_(optimizer)
         if settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(trainables.values(), settings.max_grad_norm)
+            nn.utils.clip_grad_norm_(course.active.values(), settings.max_grad_norm)
+        course.direct(step)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()

@@ -66,8 +66,8 @@ def encode_change(
     code: bool = False,
 ) -> tuple[RecordDict, np.ndarray]:
     """The same for a change, and what is owed after it; see :func:`fedgraft.core.packing.pack_change`."""
-    *packed, owed = pack_change(state, base, form, fraction=fraction, random=random, owed=owed, code=code)
-    return _records(*packed), owed
+    arrays, table, owed = pack_change(state, base, form, fraction=fraction, random=random, owed=owed, code=code)
+    return _records(arrays, table), owed
 
 
 def _records(arrays: Mapping[str, np.ndarray], table: Table) -> RecordDict:
@@ -96,7 +96,7 @@ def decode_adapter(
     held: AdapterState | None = None,
     base: AdapterState | None = None,
 ) -> AdapterState:
-    """Strict inverse of :func:`encode_adapter` and :func:`encode_change`; :func:`~.packing.unpack` says what it refuses."""
+    """Strict inverse of :func:`encode_adapter` and :func:`encode_change`; see :func:`~.packing.unpack`."""
     table = decode_table(content, sender)
     arrays: dict[str, np.ndarray] = {}
     for key, array in content.array_records.get("adapter", ArrayRecord()).items():

@@ -22,8 +22,9 @@ from ..core.wire import Answer, Job, decode_answer
 from ..methods import attach, create_method
 from ..privacy.ledger import Ledger
 from ..privacy.noise import RandomStream
-from ..strategies import Aggregator, create_aggregator
+from ..strategies import Aggregator
 from ..strategies.central import CentralPrivacy
+from ..strategies.compose import compose
 from ..strategies.flower import PeftStrategy
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -40,21 +41,13 @@ def check(config: RunConfig) -> Aggregator:
     Raises :class:`UserError` for an unknown strategy, option, method or task, ranks that the strategy cannot mix, or
     central privacy that cannot be kept.
     """
-    aggregator = create_aggregator(config.strategy, config.strategy_options)
+    aggregator = compose(config)
     create_method(config.method.name)
     create_task(config.task)
     if config.train.gradient_checkpointing and config.method.name == "prefix":
         raise UserError(
             "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
         )
-    if not aggregator.capabilities.heterogeneous_ranks or config.central.enabled:
-        who = "central privacy" if config.central.enabled else f"strategy `{config.strategy}`"
-        for site in config.data.sites:
-            if site.rank and site.rank != config.method.rank:
-                raise UserError(
-                    f"site {site.name} has rank {site.rank}, the run has method.rank {config.method.rank}, and "
-                    f"{who} cannot mix ranks; give all sites one rank"
-                )
     if config.central.enabled:
         _central(aggregator, config, Ledger(None, unit="site"))
     elif config.central.sampling_rate < 1:
@@ -143,8 +136,8 @@ class Federation:
                 f"{self.rundir.path}: has {self.checkpoint.round} rounds behind it, which rounds = "
                 f"{self.config.rounds} cannot undo; give that many or more"
             )
-        want = self.adapter.spec.with_policy("share", lambda t: True)
-        if self.checkpoint.state.spec.with_policy("share", lambda t: True) != want:
+        want = self.adapter.spec.bare
+        if self.checkpoint.state.spec.bare != want:
             raise UserError(
                 f"{self.rundir.checkpoints}: holds a {self.checkpoint.state.spec.method} adapter of rank "
                 f"{self.checkpoint.state.spec.rank}, the configuration asks for {want.method} of rank {want.rank}"
@@ -256,11 +249,11 @@ class Federation:
         others = [other for other, name in self.strategy.sites.items() if name == answer.site]
         if others:
             raise UserError(f"two nodes say they are site {answer.site}; give each site its own name")
-        own = self.adapter.spec.with_policy("share", lambda t: True).digest
-        if answer.facts.get("spec") != own:
+        rank = self.aggregator.ranks[answer.site]
+        if answer.facts.get("spec") != self.adapter.spec.bare.with_rank(rank).digest:
             raise UserError(
                 f"site {answer.site} trains another adapter than the run's {self.config.method.name} of rank "
-                f"{self.config.method.rank}; use one method, rank and alpha everywhere"
+                f"{rank}; use one method, rank and alpha everywhere"
             )
         self.strategy.sites[node] = answer.site
         self.facts[answer.site] = dict(answer.metrics)
@@ -310,6 +303,7 @@ class Federation:
         self.watch.phase_started("train", number, len(here))
         if here:
             self._exchange(messages)
+            self._exchange(self.strategy.configure_refine())
         enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
         if self.central is not None and enough:
@@ -317,7 +311,7 @@ class Federation:
         missing = self.strategy.phase.missing
         self._log(line)
         if not enough:
-            answered = len(self.strategy.phase.metrics)
+            answered = len(self.strategy.phase.metrics.keys() - missing.keys())
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
             raise UserError(
                 f"round {number}: {answered} of {len(self.config.site_names)} sites answered, the quorum is "

@@ -15,6 +15,7 @@ from ..privacy.accounting import epsilon
 from ..privacy.central import CentralPlan, ClippedSum, Randomness
 from ..privacy.ledger import Ledger, Limit
 from .aggregator import Aggregator, Capabilities
+from .wrapping import Wrapper
 
 #: Who sent the one update that the aggregator inside sees.
 TOGETHER = "all sites together"
@@ -25,7 +26,7 @@ _MEMORY_SPEC = AdapterSpec(
 )
 
 
-class CentralPrivacy(Aggregator):
+class CentralPrivacy(Wrapper):
     """DP-FedAvg around ``inner``, whose rule it leaves as it is.
 
     Each answer becomes a change: its shared tensors less those that the site was sent. The clipped changes are summed;
@@ -44,8 +45,6 @@ class CentralPrivacy(Aggregator):
     A site that does not answer, or whose numbers are not finite, adds zero. Trusted: the server.
     """
 
-    capabilities = Capabilities(needs_individual=True)
-
     def __init__(
         self,
         inner: Aggregator,
@@ -53,13 +52,13 @@ class CentralPrivacy(Aggregator):
         ledger: Ledger,
         randomness: Callable[[int, str], Randomness],
     ) -> None:
-        super().__init__()
         if not inner.capabilities.linear_sum:
             raise UserError(
                 f"strategy `{inner.name}` does more than add updates up, so central privacy cannot bound what one site "
                 "does to its result; choose one whose result is a sum (fedit, ffa), or leave central.enabled off"
             )
-        self.inner = inner
+        super().__init__(inner)
+        vars(self)["capabilities"] = Capabilities(needs_individual=True)
         self.config = config
         self.completed = 0
         self.clip = self._last_clip = config.central.clip
@@ -69,12 +68,6 @@ class CentralPrivacy(Aggregator):
         self._asked: frozenset[str] = frozenset()
         self._heard: set[str] = set()
         self.plan = CentralPlan.for_run(config, config.rounds)
-
-    def prepare(self, initial: AdapterState) -> AdapterState:
-        return self.inner.prepare(initial)
-
-    def for_site(self, state: AdapterState, site: str) -> AdapterState:
-        return self.inner.for_site(state, site)
 
     def replan(self) -> CentralPlan:
         """The plan for the rounds that remain after all that was spent.
@@ -95,11 +88,12 @@ class CentralPrivacy(Aggregator):
         number = self.completed + 1
         plan = self.replan()  # before anything is asked of a site: a round that cannot be paid for is refused
         self.inner.start_round(state)
-        self._state = state
-        self._names = state.spec.select("share")
-        parameters = sum(state.spec.by_name[name].size for name in self._names)
-        self._sum = ClippedSum(plan, parameters, self.clip)
         everybody = self.config.site_names
+        # What sites share in a round is in what they are sent; for one rank it is alike for all.
+        self._state, self._sent = state, self.inner.for_site(state, everybody[0])
+        self._names = self._sent.spec.select("share")
+        parameters = sum(self._sent.spec.by_name[name].size for name in self._names)
+        self._sum = ClippedSum(plan, parameters, self.clip)
         drawn = self._randomness(number, "sampling").uniform(len(everybody)) < plan.sampling_rate
         self._asked = frozenset(site for site, taken in zip(everybody, drawn, strict=True) if taken)
 
@@ -118,7 +112,7 @@ class CentralPrivacy(Aggregator):
             odd = min(set(update.state) ^ set(self._names), default="another order")
             raise UserError(f"{site}: its update does not hold the shared tensors ({odd})")
         for name in self._names:
-            if not update.state[name].shape == sent[name].shape == self._state[name].shape:
+            if not update.state[name].shape == sent[name].shape == self._sent[name].shape:
                 raise UserError(f"{site}: tensor {name} has another shape there; central privacy needs one rank")
         try:
             self._sum.add(_flat(update.state, self._names) - _flat(sent, self._names))
@@ -142,7 +136,7 @@ class CentralPrivacy(Aggregator):
         if plan.adaptive:
             self.clip = finished.next_clip(within)
         self.completed += 1
-        self.inner.add(Update(TOGETHER, _moved(self._state, self._names, mean), 1.0))
+        self.inner.add(Update(TOGETHER, _moved(self._sent, self._names, mean), 1.0))
         return self.inner.result()
 
     def memory(self) -> Mapping[str, AdapterState]:

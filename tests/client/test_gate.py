@@ -49,9 +49,14 @@ def gate(config: RunConfig) -> Callable[..., None]:
 
     def pass_through(kind: Any, content: RecordDict, policy: str = POLICY, run: RunConfig = config) -> None:
         rules = Policy(policy, "/srv/policy.toml")
-        spec = SPEC if kind == "train" else None
         require_allowed(
-            kind, content, config=run, policy=rules, dataset=rules.datasets[0], fingerprint=FINGERPRINT, spec=spec
+            kind,
+            content,
+            config=run,
+            policy=rules,
+            dataset=rules.datasets[0],
+            fingerprint=FINGERPRINT,
+            received=STATE if kind == "train" else None,
         )
 
     return pass_through
