@@ -1,0 +1,94 @@
+"""From a configuration to the aggregator of a run: the strategy, what stands around it, and what cannot go together."""
+
+from __future__ import annotations
+
+import math
+
+from ..core.config import RunConfig
+from ..core.errors import UserError
+from .aggregator import Aggregator, Capabilities, create_aggregator
+from .optimisers import ServerOptimiser
+from .policies import TensorPolicies
+
+
+def compose(config: RunConfig) -> Aggregator:
+    """The aggregator of a run, whole: strategy, tensor policies, server optimiser.
+
+    Raises :class:`UserError`, with the reason and the mend, for what cannot go together.
+    """
+    aggregator = create_aggregator(config.strategy, config.strategy_options)
+    if reason := refusal(config, aggregator.capabilities):
+        raise UserError(reason)
+    if config.tensor_policy:
+        aggregator = TensorPolicies(aggregator, config.tensor_policy)
+    if config.server.optimizer != "avg" or config.server.lr != 1:
+        server = config.server
+        aggregator = ServerOptimiser(
+            aggregator, server.optimizer, lr=server.lr, momentum=server.momentum, beta2=server.beta2, tau=server.tau
+        )
+    aggregator.ranks = ranks(config)
+    return aggregator
+
+
+def ranks(config: RunConfig) -> dict[str, int]:
+    """The rank of every site: its own, else by its memory, else the run's.
+
+    A site with memory M and no rank has method.rank M / max M, rounded down to a power of two, and at least 1.
+    """
+    most = max((site.memory for site in config.data.sites), default=0.0)
+    found = {}
+    for site in config.data.sites:
+        rank = site.rank or config.method.rank
+        if site.memory and not site.rank and site.memory < most:
+            rank = 2 ** max(0, math.floor(math.log2(config.method.rank * site.memory / most)))
+        found[site.name] = rank
+    return found
+
+
+def refusal(config: RunConfig, can: Capabilities) -> str | None:
+    """Why a strategy with the capabilities ``can`` cannot do what ``config`` asks; None: it can."""
+    name, server = config.strategy, config.server
+    of_site = ranks(config)
+    for site, rank in of_site.items():
+        if rank > config.method.rank:
+            return f"site {site} has rank {rank}, above method.rank {config.method.rank}; raise method.rank to {rank}"
+        if rank != config.method.rank and config.central.enabled:
+            return (
+                f"site {site} has rank {rank}, the run has method.rank {config.method.rank}, and central privacy cannot "
+                "mix ranks; give all sites one rank"
+            )
+        if rank != config.method.rank and not can.heterogeneous_ranks:
+            return (
+                f"site {site} has rank {rank}, the run has method.rank {config.method.rank}, and strategy `{name}` "
+                "cannot mix ranks; give all sites one rank, or choose one that can (flexlora, raflora, flora)"
+            )
+    if can.resets_state and server.optimizer != "avg":
+        return (
+            f"strategy `{name}` makes new factors of the adapter each round, in which the moments of server.optimizer "
+            f'"{server.optimizer}" would mean nothing; set server.optimizer = "avg"'
+        )
+    if can.touches_base and (server.optimizer != "avg" or server.lr != 1):
+        return f"strategy `{name}` changes the base weights too, which server.optimizer and server.lr cannot weigh"
+    if can.two_passes and config.central.enabled:
+        return f"strategy `{name}` asks each site twice a round, and central privacy answers for one release only"
+    if can.two_passes and server.upload != "plain":
+        return (
+            f'strategy `{name}` sends sketches, which no change to int8 or topk survives; set server.upload = "plain"'
+        )
+    if can.needs_loss and config.privacy.enabled:
+        return (
+            f"strategy `{name}` has a site choose by its training loss, which no noise protects; choose another "
+            "strategy, or set privacy.enabled = false"
+        )
+    if can.needs_validation and not server.validation:
+        return f"strategy `{name}` scores adapters on data of the server's own; name the file in server.validation"
+    return None
+
+
+def secure_sum_refusal(name: str, can: Capabilities) -> str | None:
+    """Why a strategy cannot work where the server sees nothing but the sum of the updates; None: it can."""
+    if can.needs_individual:
+        return f"strategy `{name}` looks at single updates, of which a secure sum shows none"
+    if not can.linear_sum:
+        return f"strategy `{name}` does more with the updates than add them up, which is all that a secure sum does"
+    return None
