@@ -1,5 +1,22 @@
 """Rules that make one adapter of several that were trained apart: one file a family of rules, found by name."""
 
+from . import arithmetic, dare, knots, soup, ties, transport, weighted
 from .merger import Adapter, Context, Merged, Merger, Needs, create_merger, merger, mergers
 
-__all__ = ["Adapter", "Context", "Merged", "Merger", "Needs", "create_merger", "merger", "mergers"]
+__all__ = [
+    "Adapter",
+    "Context",
+    "Merged",
+    "Merger",
+    "Needs",
+    "arithmetic",
+    "create_merger",
+    "dare",
+    "knots",
+    "merger",
+    "mergers",
+    "soup",
+    "ties",
+    "transport",
+    "weighted",
+]
