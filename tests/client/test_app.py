@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,15 @@ def test_personal_tensors_stay_and_are_used_again(plain: Any) -> None:
         sent.append(content)
         names = {name for name, _ in json.loads(str(content.config_records["table"]["json"]))["tensors"]}
         assert names == set(plain.state) - head
-        assert set(plain.context.state.array_records["local"]) == head
-        first = plain.context.state.array_records["local"][min(head)].numpy()
-        assert not np.array_equal(first, plain.state[min(head)])
+        (kept,) = plain.folder.glob(f"memory/*/{number}/site-local.safetensors")
+        own = AdapterState.load(kept)
+        assert set(own) == head
+        assert not np.array_equal(own[min(head)], plain.state[min(head)])
+    # A round that is lost and asked for again begins where it began the first time.
+    _, again = plain.train(2, content=message)
+    assert sent[1]["adapter"] == again["adapter"]
     # Round 2 began from the head of round 1: from the first head it would have ended elsewhere.
-    del plain.context.state["local"]
+    shutil.rmtree(plain.folder / "memory")
     _, again = plain.train(2, content=message)
     assert sent[1]["adapter"] != again["adapter"]
     counted = plain.evaluate(2, content=message)
