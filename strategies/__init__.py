@@ -1,6 +1,6 @@
 """How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
-from . import averaging, frozen_factor, lowrank
+from . import averaging, fednova, frozen_factor, lowrank, proximal, robust, scaffold
 from .aggregator import Aggregator, Capabilities, Options, create_aggregator, strategies, strategy
 from .local import LocalRule, Training
 
@@ -12,8 +12,12 @@ __all__ = [
     "Training",
     "averaging",
     "create_aggregator",
+    "fednova",
     "frozen_factor",
     "lowrank",
+    "proximal",
+    "robust",
+    "scaffold",
     "strategies",
     "strategy",
 ]
