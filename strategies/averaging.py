@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.adapter import AdapterState, explain_shape
+from ..core.adapter import AdapterState, LowRankPair, explain_shape
 from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, strategy
@@ -32,7 +32,9 @@ class RunningMean:
         _require_alike(state, self._first)
         for name, array in state.items():
             # numpy multiplies a float32 array by a float scalar in float32: widen first.
-            self._sum[name] += array.astype(np.float64) * weight
+            wide = array.astype(np.float64)
+            wide *= weight
+            self._sum[name] += wide
         self.weight += weight
 
     def result(self) -> AdapterState:
@@ -55,8 +57,13 @@ def _require_alike(state: AdapterState, first: AdapterState) -> None:
         if array.shape != first[name].shape:
             raise UserError(explain_shape(name, array.shape, first[name].shape))
     # Factors under another scale or layout have the right shapes, and a mean that is worse than none.
-    if state.spec.pairs != first.spec.pairs:
+    if state.spec.pairs != first.spec.pairs and _factors(state) != _factors(first):
         raise UserError("two updates scale or lay out their low-rank factors differently; set method.alpha alike")
+
+
+def _factors(state: AdapterState) -> list[LowRankPair]:
+    """The pairs of which ``state`` holds a factor."""
+    return [pair for pair in state.spec.pairs if pair.a in state or pair.b in state]
 
 
 @strategy("fedit")
