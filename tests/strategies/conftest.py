@@ -41,20 +41,21 @@ class ToySite:
     steps: int = 3
     lr: float = 0.05
     momentum: float = 0.0
+    noise: float = 0.1
 
-    def _curve(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def curve(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng([self.seed, *name.encode()])
         return random.uniform(0.5, 2.0, shape), random.standard_normal(shape)
 
     def gradient(self, name: str, value: np.ndarray, round: int, step: int) -> np.ndarray:
-        h, t = self._curve(name, value.shape)
+        h, t = self.curve(name, value.shape)
         noise = np.random.default_rng([self.seed, round, step, *name.encode()])
-        return h * (value - t) + 0.1 * noise.standard_normal(value.shape)
+        return h * (value - t) + self.noise * noise.standard_normal(value.shape)
 
     def loss(self, state: AdapterState) -> float:
         total = 0.0
         for name in state.spec.bare.names:
-            h, t = self._curve(name, state[name].shape)
+            h, t = self.curve(name, state[name].shape)
             total += 0.5 * float((h * (state[name] - t) ** 2).sum())
         return total
 
