@@ -57,6 +57,10 @@ class MethodConfig(Section):
     target_modules: tuple[str, ...] = Field((), description="module names; empty: the method's default for the model")
     layers: tuple[int, ...] = Field((), description="layer indices to adapt; empty: all (LoRA family)")
     virtual_tokens: int = Field(20, ge=1, description="length of a prefix or prompt")
+    init: Literal["", "svd", "orthonormal"] = Field(
+        "", description="A (and a frozen B) from the base weight's singular vectors, or drawn; empty: the method's own"
+    )
+    heads: int = Field(0, ge=0, description="heads of ravan; 0: four")
 
 
 class TaskConfig(Section):

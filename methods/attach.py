@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec, explain_shape
+from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, Policy, TensorSpec, explain_shape
 from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError, one_line
@@ -42,9 +43,15 @@ class AttachedAdapter:
     or transforms trainables of several methods.
     """
 
-    def __init__(self, model: PeftModel, spec: AdapterSpec) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        spec: AdapterSpec,
+        plain: Callable[[PeftModel], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.model = model
         self.spec = spec
+        self._plain = plain or nullcontext
         self._parameters = {name: p for name, p in model.named_parameters() if name in spec.by_name}
         self._offset = BaseOffset(model)
 
@@ -101,7 +108,8 @@ class AttachedAdapter:
         """
         self.write(state)
         # Embeddings are never trained here; "auto" would ask the hub whether they were resized.
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        with self._plain(self.model):
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if any(tensor.role == "offset" for tensor in state.spec.extras):
             fold_into_folder(Path(folder), state)
         return Path(folder)
@@ -126,6 +134,17 @@ class AttachedAdapter:
         for key in ("peft_type", *sorted(ours)):
             if theirs.get(key) != ours[key]:
                 raise UserError(f"{folder}: its {key} is {theirs.get(key)}, this run's is {ours[key]}")
+        before = {name: parameter._version for name, parameter in self._parameters.items()}
+        with self._plain(self.model):
+            self._load(folder, weights)
+        untouched = sorted(name for name, p in self._parameters.items() if p._version == before[name])
+        if untouched:
+            raise UserError(f"{folder}: has no value for tensor {untouched[0]} of this run")
+        state = self.read()
+        self._offset.apply(state.with_spec(self.spec.bare))
+        return state
+
+    def _load(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         odd = sorted(set(weights) ^ set(wanted))
         if odd:
@@ -135,17 +154,10 @@ class AttachedAdapter:
                 raise UserError(f"{folder}: {explain_shape(name, tuple(tensor.shape), tuple(wanted[name].shape))}")
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{folder}: tensor {name} holds NaN or infinity")
-        before = {name: parameter._version for name, parameter in self._parameters.items()}
         try:
             set_peft_model_state_dict(self.model, weights)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: its tensors do not fit the base model: {one_line(error)[:200]}") from None
-        untouched = sorted(name for name, p in self._parameters.items() if p._version == before[name])
-        if untouched:
-            raise UserError(f"{folder}: has no value for tensor {untouched[0]} of this run")
-        state = self.read()
-        self._offset.apply(state.with_spec(self.spec.bare))
-        return state
 
 
 def _meaning_of(config: PeftConfig) -> dict[str, object]:
@@ -168,7 +180,7 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
     Raises :class:`UserError` when the method does not fit the model or would train nothing.
     """
     method = create_method(config.name)
-    for key in ("target_modules", "layers", "dropout"):
+    for key in ("target_modules", "layers", "dropout", "init", "heads"):
         if getattr(config, key) and key not in method.accepts:
             raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
     peft_config = method.configure(config, task, base)
@@ -178,6 +190,8 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
             warnings.filterwarnings("ignore", category=UserWarning, module="peft")
             torch.manual_seed(seed)
             model = get_peft_model(base.model, peft_config)
+            if method.build:
+                method.build(model, config)
     except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"method {config.name} does not fit {type(base.model).__name__}: {one_line(error)}") from None
     if method.prepare:
@@ -195,16 +209,17 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
                 f"method {config.name} would leave the head {head} of {type(base.model).__name__} untrained"
             )
     model.eval()
-    return AttachedAdapter(model, spec)
+    return AttachedAdapter(model, spec, method.plain)
 
 
 def _describe(model: PeftModel, method: Method, config: MethodConfig) -> AdapterSpec:
     tensors = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or (method.frozen and method.frozen(name)):
             role, averaging = method.meaning(name)
             dtype = "float64" if parameter.dtype == torch.float64 else "float32"
-            tensors.append(TensorSpec(name, tuple(parameter.shape), dtype, role, averaging))
+            policy: Policy = "share" if parameter.requires_grad else "freeze"
+            tensors.append(TensorSpec(name, tuple(parameter.shape), dtype, role, averaging, policy))
     names = {tensor.name for tensor in tensors}
     pairs = []
     for name, module in model.named_modules():
@@ -218,5 +233,5 @@ def _describe(model: PeftModel, method: Method, config: MethodConfig) -> Adapter
         pairs=tuple(pairs),
         rank=config.rank if method.uses_rank else None,
         alpha=config.alpha if method.uses_rank else None,
-        options=method.options,
+        options={**method.options, **({"init": config.init} if config.init else {})},
     )

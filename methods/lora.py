@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 
 from ..core.adapter import Averaging
 from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.tasks import Task
+from .bases import bases_of
 from .registry import Method, attention_targets, register
 
 
@@ -28,6 +33,22 @@ def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: ob
 LORA_ACCEPTS = frozenset({"target_modules", "layers", "dropout"})
 
 
+def _set_basis(model: PeftModel, config: MethodConfig) -> None:
+    """Rows of A from ``method.init``, as long (root mean square) as those that were drawn; W0 and B stay as they are.
+
+    With ``svd`` they are the right singular vectors of W0 with the largest singular values.
+    """
+    if not config.init:
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for factor in layer.lora_A.values():
+                a: Any = factor.weight
+                _, rows = bases_of(layer, name.removeprefix("base_model.model."), len(a), config.init)
+                with torch.no_grad():
+                    a.copy_(rows * a.double().square().sum(1).mean().sqrt())
+
+
 def lora_meaning(name: str) -> tuple[str, Averaging]:
     for role in ("lora_A", "lora_B"):
         if f".{role}." in name:
@@ -45,7 +66,8 @@ register(
         configure=lora_config,
         meaning=lora_meaning,
         uses_rank=True,
-        accepts=LORA_ACCEPTS,
+        build=_set_basis,
+        accepts=LORA_ACCEPTS | {"init"},
     )
 )
 register(
@@ -56,7 +78,8 @@ register(
         configure=lambda config, task, base: lora_config(config, task, base, use_rslora=True),
         meaning=lora_meaning,
         uses_rank=True,
-        accepts=LORA_ACCEPTS,
+        build=_set_basis,
+        accepts=LORA_ACCEPTS | {"init"},
         options={"scaling": "sqrt"},
     )
 )

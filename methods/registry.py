@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftModel
@@ -23,9 +24,13 @@ class Method:
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
     ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
-    ``layers`` and ``dropout`` do; ``dp``: where its exact clipping comes from. ``options`` enter the adapter's
-    description: ``scaling = "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where sites cannot
-    differ in rank.
+    ``layers``, ``dropout``, ``init`` and ``heads`` do; ``dp``: where its exact clipping comes from. ``options`` enter
+    the adapter's description: ``scaling = "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where
+    sites cannot differ in rank.
+
+    For what PEFT has no method for: ``build`` gives the wrapped model other layers or first values, with the run's seed
+    set; ``frozen`` tells which tensors belong to the adapter though they do not train, so that they cross once; within
+    ``plain`` the model is one that PEFT saves to, and loads from, a folder of its own.
     """
 
     name: str
@@ -34,6 +39,9 @@ class Method:
     configure: Callable[[MethodConfig, Task, BaseModel], PeftConfig]
     meaning: Callable[[str], tuple[str, Averaging]]
     prepare: Callable[[PeftModel], None] | None = None
+    build: Callable[[PeftModel, MethodConfig], None] | None = None
+    frozen: Callable[[str], bool] | None = None
+    plain: Callable[[PeftModel], AbstractContextManager[None]] | None = None
     uses_rank: bool = False
     accepts: frozenset[str] = frozenset()
     dp: str = "exact"

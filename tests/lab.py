@@ -25,8 +25,8 @@ from fedgraft.privacy.noise import RandomStream
 
 TEXT, IMAGE, LM = "sequence-classification", "image-classification", "causal-lm"
 LABELS = ("a", "b", "c")
-_ALL = ("bitfit", "dora", "ia3", "ln", "lora", "prefix", "prompt", "rslora")
-_LORA = ("lora", "rslora", "dora")
+_ALL = ("bitfit", "dora", "ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan", "rslora")
+_LORA = ("lora", "rslora", "dora", "lora-sb", "ravan")
 #: Which methods fit which (family, task).
 FITS: dict[tuple[str, str], tuple[str, ...]] = {
     ("bert", TEXT): _ALL,
@@ -41,7 +41,7 @@ FITS: dict[tuple[str, str], tuple[str, ...]] = {
 CASES = [(family, task, method) for (family, task), methods in FITS.items() for method in methods]
 UNFIT = [(family, task, method) for (family, task), fit in FITS.items() for method in _ALL if method not in fit]
 #: The methods that Opacus has exact per-sample gradients for.
-HOOKED = ("lora", "rslora", "bitfit", "ln", "prefix")
+HOOKED = ("lora", "rslora", "lora-sb", "bitfit", "ln", "prefix")
 #: Words a record has: uneven, so that there is padding, and longer than the prefix.
 LENGTHS = (3, 11, 1, 6, 8)
 Case = tuple[str, str, str]

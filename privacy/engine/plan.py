@@ -100,7 +100,7 @@ def _is_plain(layer: BaseTunerLayer) -> bool:
         return True
     if not isinstance(layer, LoraLayer) or layer.lora_variant:
         return False
-    plain = (nn.Linear, nn.Conv2d)
+    plain = (nn.Linear, nn.Conv2d, nn.Sequential)  # what is in a sequence answers for itself
     parts = [part for table in (layer.lora_A, layer.lora_B) for part in table.values()]
     return type(layer).__module__ == LoraLayer.__module__ and all(isinstance(part, plain) for part in parts)
 

@@ -20,6 +20,8 @@ from fedgraft.methods import AttachedAdapter
 
 Case = tuple[str, str, str]
 BERT = ("bert", "sequence-classification")
+#: A folder holds their A' = R A, of which no reader knows the parts; what comes back computes the same.
+MERGED = ("lora-sb", "ravan")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -43,7 +45,11 @@ def test_plain_peft_computes_the_same_and_it_comes_back_the_same(lab: Any, fitti
     parameters = receiver.trainables()
     loaded = receiver.load_peft(folder)
     assert dict(loaded).keys() == dict(state).keys()
-    assert all(np.array_equal(loaded[name], state[name]) for name in state)
+    if fitting[2] in MERGED:
+        with torch.no_grad():
+            assert float((receiver.model(**inputs).logits - adapter.model(**inputs).logits).abs().max()) <= 1e-5
+    else:
+        assert all(np.array_equal(loaded[name], state[name]) for name in state)
     assert receiver.read() == loaded
     assert all(receiver.trainables()[name] is parameter for name, parameter in parameters.items())
 

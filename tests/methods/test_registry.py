@@ -10,7 +10,9 @@ from fedgraft.methods import create_method, methods
 
 def test_all_methods_are_registered_and_described() -> None:
     found = methods()
-    assert [method.name for method in found] == ["bitfit", "dora", "ia3", "ln", "lora", "prefix", "prompt", "rslora"]
+    assert [method.name for method in found] == [
+        *("bitfit", "dora", "ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan", "rslora")
+    ]
     for method in found:
         assert method.summary and method.source
         assert create_method(method.name) is method

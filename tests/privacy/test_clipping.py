@@ -38,9 +38,9 @@ def test_one_huge_example_counts_no_more_than_the_bound_head_included(lab: Any, 
         head = [t for t in adapter.spec.tensors if t.role == "head"]
         at = 0
         squares = {}
-        for tensor in adapter.spec.tensors:
-            squares[tensor.name] = float(got[at : at + tensor.size].square().sum())
-            at += tensor.size
+        for name, parameter in adapter.trainables().items():
+            squares[name] = float(got[at : at + parameter.numel()].square().sum())
+            at += parameter.numel()
         # The head's share is inside the bound, and it is not nothing.
         assert sum(squares[t.name] for t in head) > 1e-4 * 0.7**2
 

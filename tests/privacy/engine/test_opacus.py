@@ -77,7 +77,7 @@ def test_methods_that_opacus_is_wrong_for_are_refused_by_tensor(lab: Any, family
 
 def test_the_engines_differ_in_what_they_take_as_they_say(lab: Any, fitting: Case) -> None:
     adapter = lab.attach(*fitting)
-    if fitting[2] in ("lora", "rslora", "bitfit", "ln", "prefix"):
+    if fitting[2] in ("lora", "rslora", "lora-sb", "bitfit", "ln", "prefix"):
         assert isinstance(create_engine("opacus", adapter.model, adapter.trainables(), 1.0), OpacusGradients)
     else:
         with pytest.raises(UserError, match="no exact per-sample gradient in Opacus"):
