@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..core.progress import SILENT, Watch
 from ..core.tasks import create_task
 from ..core.wire import Answer, Job, decode_answer
 from ..methods import attach, create_method
+from ..methods.principal import principal_factors
 from ..privacy.ledger import Ledger
 from ..privacy.noise import RandomStream
 from ..strategies import Aggregator
@@ -110,6 +112,7 @@ class Federation:
 
     def _fresh(self) -> dict[str, Any]:
         fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
+        self._rule.principal = partial(principal_factors, self.adapter)
         self.checkpoint = Checkpoint(0, self._rule.prepare(fresh))
         self._past_seconds = 0.0
         run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}

@@ -1,18 +1,23 @@
 """How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
 from . import (
+    aligning,
     averaging,
+    ditto,
     fedask,
     fednova,
     fedsvd,
     frozen_factor,
     hetlora,
     lowrank,
+    personal,
     proximal,
     refactoring,
+    residual,
     robust,
     scaffold,
     sketching,
+    stacking,
 )
 from .aggregator import Aggregator, Capabilities, Options, create_aggregator, strategies, strategy
 from .local import LocalRule, Training
@@ -23,19 +28,24 @@ __all__ = [
     "LocalRule",
     "Options",
     "Training",
+    "aligning",
     "averaging",
     "create_aggregator",
+    "ditto",
     "fedask",
     "fednova",
     "fedsvd",
     "frozen_factor",
     "hetlora",
     "lowrank",
+    "personal",
     "proximal",
     "refactoring",
+    "residual",
     "robust",
     "scaffold",
     "sketching",
+    "stacking",
     "strategies",
     "strategy",
 ]

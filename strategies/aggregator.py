@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.adapter import AdapterState
@@ -54,8 +55,9 @@ class Aggregator(ABC):
     the equation needs, so that memory does not grow with the number of sites.
 
     ``round`` is the number of the round that runs, from 1; ``ranks`` maps a site to its rank; ``score`` gives the
-    accuracy of a whole adapter on the server's own data, where ``capabilities.needs_validation``. All three are set
-    from outside before :meth:`prepare` or :meth:`start_round`.
+    accuracy of a whole adapter on the server's own data, where ``capabilities.needs_validation``; ``principal`` gives
+    factors of the principal part of the base weights, SVD_r(W0) = s B A, by name, for the pairs of an adapter. All are
+    set from outside before :meth:`prepare` or :meth:`start_round`.
     """
 
     name: ClassVar[str] = ""
@@ -70,6 +72,7 @@ class Aggregator(ABC):
         self.round = 0
         self.ranks: Mapping[str, int] = {}
         self.score: Callable[[AdapterState], float] | None = None
+        self.principal: Callable[[AdapterState], Mapping[str, np.ndarray]] | None = None
 
     def prepare(self, initial: AdapterState) -> AdapterState:
         """The adapter that the federation starts from: its values, and its tensors' policies."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from ..core.adapter import AdapterState
 from ..core.update import Update
 from .aggregator import Aggregator
@@ -55,6 +57,14 @@ class Wrapper(Aggregator):
     @score.setter
     def score(self, score: Callable[[AdapterState], float] | None) -> None:
         self.inner.score = score
+
+    @property
+    def principal(self) -> Callable[[AdapterState], Mapping[str, np.ndarray]] | None:
+        return self.inner.principal
+
+    @principal.setter
+    def principal(self, principal: Callable[[AdapterState], Mapping[str, np.ndarray]] | None) -> None:
+        self.inner.principal = principal
 
     def prepare(self, initial: AdapterState) -> AdapterState:
         return self.inner.prepare(initial)

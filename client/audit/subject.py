@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ...core.adapter import AdapterState
 from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.tasks import Example
+from ...methods.principal import principal_factors
 from ...privacy.clipping import require_exact
 from ...privacy.plan import PrivacyPlan
 from ...strategies import create_aggregator
@@ -71,7 +73,9 @@ def subject(config: RunConfig, site: str, records: Records, *, units: int) -> Su
     plan = PrivacyPlan.for_run(config, len(everybody), config.total_steps)
     model = resident(config)
     fresh = model.adapter.load_peft(config.start_from) if config.start_from else model.adapter.read()
-    start = create_aggregator(config.strategy, config.strategy_options).prepare(fresh)
+    aggregator = create_aggregator(config.strategy, config.strategy_options)
+    aggregator.principal = partial(principal_factors, model.adapter)
+    start = aggregator.prepare(fresh)
     model.adapter.adopt(start.spec)
     require_exact(model.adapter.model, model.adapter.trainables())
     random = np.random.default_rng()
