@@ -45,6 +45,8 @@ def test_the_empirical_fisher_is_the_mean_of_each_records_squared_gradient(tiny_
 def test_the_fisher_with_drawn_labels_tends_to_the_expectation_over_the_models_own(tiny_federation: Any) -> None:
     config, model, state, examples = lesson(tiny_federation, 3, 0.05)
     head = next(name for name in state if "classifier" in name and name.endswith("weight"))
+    # A sure model hardly ever draws the answers whose gradients are large, and the mean would need many draws.
+    state = AdapterState(state.spec, {**state, head: state[head] * np.float32(0.1)})
     model.adapter.write(state)
     want = np.zeros(state[head].shape)
     for example in examples:
@@ -53,7 +55,7 @@ def test_the_fisher_with_drawn_labels_tends_to_the_expectation_over_the_models_o
             logits = model.adapter.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
         for label, chance in enumerate(torch.softmax(logits.double(), 0).tolist()):
             want += chance * gradients(model, example, label)[head] ** 2 / len(examples)
-    got = np.mean([fisher(model, state, examples, config, seed=seed)[head] for seed in range(200)], axis=0)
+    got = np.mean([fisher(model, state, examples, config, seed=seed)[head] for seed in range(150)], axis=0)
     assert np.linalg.norm(got - want) < 0.15 * np.linalg.norm(want)
     again = [fisher(model, state, examples, config, seed=4) for _ in range(2)]
     assert again[0] == again[1]
