@@ -20,6 +20,7 @@ FLOORS = {
     "server": 4,
     "simulations": 5,
     "cli": 6,
+    "pytest_plugin": 6,
     "__main__": 7,
 }
 NAMELESS = {"utils", "util", "helpers", "helper", "misc", "common"}
