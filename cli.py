@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .client.merge_commands import merge
 from .client.policy_commands import app as policy
 from .core.errors import UserError
 from .privacy.commands import app as privacy
@@ -224,6 +225,7 @@ def doctor() -> None:
 
 
 app.command("audit")(audit)
+app.command("merge")(merge)
 app.command("attack")(attack)
 
 

@@ -55,15 +55,16 @@ _AUTO = {
 class PeftFolder:
     """An adapter as PEFT keeps it: ``config`` is its adapter_config.json, ``state`` its tensors.
 
-    Tensors bear the names that they have as parameters of the adapted model, as elsewhere in fedgraft. ``labels``: the
-    task's, where the run that made the folder says them; ``carried``: entries of the file that repeat or accompany what
-    is merged, by their key: a parameter's name, or the tensor itself. ``lost`` is the relative error of a conversion.
+    Tensors bear the names that they have as parameters of the adapted model, as elsewhere in fedgraft. ``run``: the
+    run.json of the run whose directory it is in, if it is in one; ``carried``: entries of the file that repeat or
+    accompany what is merged, by their key: a parameter's name, or the tensor itself. ``lost`` is the relative error of
+    a conversion.
     """
 
     path: Path
     config: Mapping[str, Any]
     state: AdapterState
-    labels: tuple[str, ...] = ()
+    run: Mapping[str, Any] | None = None
     carried: Mapping[str, str | np.ndarray] = field(default_factory=dict)
     lost: float = 0.0
 
@@ -73,6 +74,27 @@ class PeftFolder:
         revision = self.config.get("revision")
         name = str(self.config.get("base_model_name_or_path") or "")
         return f"{name}@{revision}" if revision else name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The task's labels in order, where a run says them."""
+        return tuple(str(label) for label in self._of_run("config", "task", "labels") or ())
+
+    @property
+    def fingerprint(self) -> str:
+        """The base model's, where a run says it."""
+        return str(self._of_run("model", "fingerprint") or "")
+
+    @property
+    def private(self) -> bool:
+        """Whether it was trained with noise for differential privacy, as far as a run says so."""
+        return bool(self._of_run("config", "privacy", "enabled"))
+
+    def _of_run(self, *keys: str) -> Any:
+        value: Any = self.run
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
 
 
 def locate(folder: str | Path) -> Path:
@@ -153,7 +175,7 @@ def _understood(
         alpha=float(config.get("lora_alpha", 8)),
         options={"scaling": "sqrt"} if root else {},
     )
-    return PeftFolder(place, config, AdapterState(spec, tensors), _labels(place), carried, lost)
+    return PeftFolder(place, config, AdapterState(spec, tensors), _run(place), carried, lost)
 
 
 def _meaning(place: Path, key: str, heads: Iterable[str], biased: bool) -> tuple[str, str, Averaging]:
@@ -244,13 +266,13 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return wide.detach().cpu().contiguous().numpy()
 
 
-def _labels(place: Path) -> tuple[str, ...]:
-    """The labels of the run whose directory the folder is in, if it is in one."""
+def _run(place: Path) -> dict[str, Any] | None:
+    """The run.json beside the folder of an adapter, if there is one."""
     try:
         run = json.loads((place.parent / "run.json").read_text(encoding="utf-8"))
-        return tuple(str(label) for label in run["config"]["task"]["labels"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and isinstance(run.get("config"), dict) else None
 
 
 def convert_folder(folder: str | Path, model: str, rank: int) -> PeftFolder:
