@@ -22,6 +22,8 @@ def shared_tensors(config: RunConfig, model: Resident, site: str) -> tuple[str, 
     """The tensors that a job would have leave: all of the adapter where its strategy is not known here."""
     try:
         aggregator = compose(config)
-        return aggregator.for_site(aggregator.prepare(model.adapter.read()), site).spec.select("share")
+        # The resident adapter may still carry the policies and extras of another run.
+        fresh = model.adapter.read().with_spec(model.adapter.spec.bare)
+        return aggregator.for_site(aggregator.prepare(fresh), site).spec.select("share")
     except UserError:
         return model.adapter.spec.bare.names
