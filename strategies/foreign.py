@@ -46,9 +46,9 @@ class Foreign(Aggregator):
 
     What is not right about Flower's own for adapters: they average A and B apart, so the mean of dW is missed; Krum and
     its kin measure distances on the factors, which a rotation of the factors changes; sums run in the tensors' float32,
-    where a small site beside a large one is rounded away; every update is held until the round ends; and FedAdam corrects
-    the bias of its moments for one round more than there was. The sites of a round are drawn from Python's global
-    ``random``, so a fraction below 1 makes a run that cannot be repeated.
+    where a small site beside a large one is rounded away; every update is held until the round ends; and FedAdam
+    corrects the bias of its moments for one round more than there was. The sites of a round are drawn from Python's
+    global ``random``, so a fraction below 1 makes a run that cannot be repeated.
 
     A strategy's own state (moments) is in no checkpoint. A run whose strategy holds nothing but plain settings goes on
     as it was; any other is refused when it is resumed, and must be begun anew.
@@ -65,10 +65,10 @@ class Foreign(Aggregator):
         self._rounds = 0
         self._state: AdapterState | None = None
         self._configured = False
-        self._replies: list[Message] = []
+        self._answers: list[tuple[AdapterState, dict[str, float]]] = []
 
     def start_round(self, state: AdapterState) -> None:
-        self._state, self._configured, self._replies = state, False, []
+        self._state, self._configured, self._answers = state, False, []
 
     def asked(self, sites: Sequence[str]) -> Sequence[str]:
         """The sites that the strategy picks."""
@@ -101,15 +101,21 @@ class Foreign(Aggregator):
         loss = getattr(self._strategy, "train_loss_key", None)
         if isinstance(loss, str) and "loss" in update.metrics:
             metrics[loss] = update.metrics["loss"]
-        self._replies.append(self._reply(len(self._replies), update.state, metrics))
+        self._answers.append((update.state, metrics))
 
     def result(self) -> AdapterState:
         state = self._state
-        if state is None or not self._replies:
+        answers, self._answers = self._answers, []
+        if state is None or not answers:
             raise UserError("no update arrived: there is nothing to aggregate")
         if not self._configured:
-            self._configure([reply.metadata.src_node_id for reply in self._replies])
-        replies, self._replies = self._replies, []
+            self._configure(range(_FIRST_NODE, _FIRST_NODE + len(answers)))
+        # Flower averages metrics too, and gives up where a site declared fewer than the others.
+        common = set.intersection(*(set(metrics) for _, metrics in answers))
+        replies = [
+            self._reply(number, update, {key: value for key, value in metrics.items() if key in common})
+            for number, (update, metrics) in enumerate(answers)
+        ]
         arrays, _ = self._safely("failed", lambda: self._strategy.aggregate_train(self.round, replies))
         self._rounds += 1
         if arrays is None:
