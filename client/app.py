@@ -67,13 +67,14 @@ class Surroundings:
 
     ``name``: which site it is (of the run, where there is a configuration); ``folder``: its own folder, for ledgers and
     audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
-    the place that the policy names.
+    the place that the policy names. ``rule`` gives a simulated attacker its own part in place of the strategy's.
     """
 
     name: Callable[[RunConfig | None, Context], str]
     folder: Callable[[str, Context], Path | None]
     policy: Callable[[Path | None, Context], Policy]
     data: Callable[[RunConfig, str, Path, Context], SiteData]
+    rule: Callable[[LocalRule | None, RunConfig, Training], LocalRule | None] = lambda rule, config, training: rule
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ class SiteClient:
             momentum=train.momentum if train.optimizer == "sgd" else 0.0,
             private=config.privacy.enabled,
         )
-        return create_aggregator(config.strategy, config.strategy_options).local(about, known)
+        rule = create_aggregator(config.strategy, config.strategy_options).local(about, known)
+        return self._surroundings.rule(rule, config, about)
 
     def _require_strategy(self, config: RunConfig) -> None:
         """Raise :class:`UserError` unless this site can do its part of the run's strategy."""

@@ -57,6 +57,7 @@ sizes = "exact"                # numbers of records and units, which weigh the s
 [require]
 dp = true                      # false: updates may leave without differential privacy, without any bound
 secret_noise = true            # false: noise may come from a seed, which protects nobody
+honest = true                  # false: a job may have sites send what they did not learn (simulated attackers)
 """
 
 _UNRESTRICTED = """\
@@ -82,6 +83,7 @@ sizes = "exact"
 [require]
 dp = false
 secret_noise = false
+honest = false
 """
 
 
@@ -123,10 +125,11 @@ class Metrics(Section):
 
 
 class Require(Section):
-    """Protections that a job must have; both unless the policy says otherwise."""
+    """Protections that a job must have; all unless the policy says otherwise."""
 
     dp: bool = True
     secret_noise: bool = True
+    honest: bool = True
 
 
 class _File(Section):
@@ -268,6 +271,9 @@ class Policy:
                 yield no("the job's noise comes from its seed", "require", "secret_noise")
             if not _listed(privacy.engine, self.allow.engines):
                 yield no(f"the job asks for privacy.engine {privacy.engine}", "allow", "engines")
+        attackers = [site.name for site in config.data.sites if site.attack]
+        if self.require.honest and attackers:
+            yield no(f"the job has site {attackers[0]} attack (data.sites[].attack)", "require", "honest")
         if dataset.patient_column and config.data.patient_column != dataset.patient_column:
             yield no(
                 f"the job takes the column `{config.data.patient_column}` for the patient (data.patient_column)",

@@ -190,6 +190,11 @@ class SiteConfig(Section):
         0.0, ge=0, description="GiB for training; with no rank given, the rank follows from it, see docs/strategies.md"
     )
     local_steps: int = Field(0, ge=0, description="another number of steps than train.local_steps; 0: the same")
+    attack: str = Field(
+        "",
+        pattern=r"^(|scale:-?\d+(\.\d+)?|sign-flip(:\d+(\.\d+)?)?|random(:\d+(\.\d+)?)?)$",
+        description="simulations only: what it sends for its change: scale:10, sign-flip:5, random:10",
+    )
 
 
 class DataConfig(Section):

@@ -19,6 +19,7 @@ from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
+from .attackers import attacking
 from .display import Lines, closing_lines, final_table
 from .scenario import load_scenario, site_data
 
@@ -38,7 +39,7 @@ def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> 
     """A ClientApp whose sites keep their records in the run directory (``folder``, or what the context says).
 
     A site that finds a `policy.toml` in its folder there keeps to it; the others have nobody to protect, and let out
-    whatever the run asks for.
+    whatever the run asks for, and are attackers where it says so.
     """
 
     def place(site: str, context: Context) -> Path:
@@ -51,7 +52,7 @@ def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> 
     def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
         return site_data(config)[site]
 
-    return make_client_app(Surroundings(own_name, place, policy, data), watch)
+    return make_client_app(Surroundings(own_name, place, policy, data, attacking), watch)
 
 
 client = make_simulated_client()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..core.adapter import AdapterState
+from ..core.adapter import AdapterSpec, AdapterState
 from ..core.update import Update
 from .aggregator import Aggregator
 from .local import LocalRule, Training
@@ -108,3 +109,33 @@ class Wrapper(Aggregator):
         own = {name: state for name, state in memory.items() if not name.startswith(_INNER)}
         self.own_recall(own)
         self.inner.recall({name.removeprefix(_INNER): memory[name] for name in memory if name not in own})
+
+
+class WrappedRule(LocalRule):
+    """A site's rule around ``inner`` (or around none) that is ``inner`` in all it does not override."""
+
+    def __init__(self, training: Training, memory: Mapping[str, AdapterState], inner: LocalRule | None) -> None:
+        super().__init__(training, memory)
+        self.inner = inner if inner is not None else LocalRule(training, memory)
+        self.needs_loss = self.inner.needs_loss
+
+    def begin(self, received: AdapterState, loss: Callable[[AdapterState], float] | None = None) -> AdapterState:
+        return self.inner.begin(received, loss)
+
+    def trains(self, spec: AdapterSpec, step: int) -> Collection[str] | None:
+        return self.inner.trains(spec, step)
+
+    def direction(self, name: str, gradient: Any, value: Any, start: Any, step: int) -> Any:
+        return self.inner.direction(name, gradient, value, start, step)
+
+    def finish(self, trained: AdapterState, received: AdapterState) -> AdapterState:
+        return self.inner.finish(trained, received)
+
+    def remember(self) -> Mapping[str, AdapterState]:
+        return self.inner.remember()
+
+    def refine(self, received: AdapterState) -> AdapterState:
+        return self.inner.refine(received)
+
+    def personal(self) -> LocalRule | None:
+        return self.inner.personal()

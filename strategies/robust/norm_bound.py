@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from ...core.errors import UserError
 from ...core.update import Update
 from ..aggregator import Capabilities, Options, strategy
 from ..local import LocalRule, Training
+from ..wrapping import WrappedRule
 from .distances import Path, moved
 from .judging import Robust, RobustOptions, require_like
 
@@ -144,7 +145,7 @@ def _memory_spec(count: int) -> AdapterSpec:
     return AdapterSpec(_MEMORY, (TensorSpec("medians", (count,), dtype="float64", policy="local"),))
 
 
-class Cutting(LocalRule):
+class Cutting(WrappedRule):
     """``inner`` (or none), whose answer ``cut(received, sent)`` keeps within the bound before it leaves.
 
     Arithmetic on what the training gave, so under differential privacy it is post-processing.
@@ -157,30 +158,10 @@ class Cutting(LocalRule):
         inner: LocalRule | None,
         cut: Callable[[AdapterState, AdapterState], AdapterState],
     ) -> None:
-        super().__init__(training, memory)
-        self.inner = inner if inner is not None else LocalRule(training, memory)
-        self.needs_loss = self.inner.needs_loss
+        super().__init__(training, memory, inner)
         self._cut = cut
-
-    def begin(self, received: AdapterState, loss: Callable[[AdapterState], float] | None = None) -> AdapterState:
-        return self.inner.begin(received, loss)
-
-    def trains(self, spec: AdapterSpec, step: int) -> Collection[str] | None:
-        return self.inner.trains(spec, step)
-
-    def direction(self, name: str, gradient: Any, value: Any, start: Any, step: int) -> Any:
-        return self.inner.direction(name, gradient, value, start, step)
 
     def finish(self, trained: AdapterState, received: AdapterState) -> AdapterState:
         sent = self.inner.finish(trained, received)
         shared = sent.only(received.spec.select("share"))
         return AdapterState(sent.spec, {**sent, **self._cut(received, shared)}, names=tuple(sent))
-
-    def remember(self) -> Mapping[str, AdapterState]:
-        return self.inner.remember()
-
-    def refine(self, received: AdapterState) -> AdapterState:
-        return self.inner.refine(received)
-
-    def personal(self) -> LocalRule | None:
-        return self.inner.personal()

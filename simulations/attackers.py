@@ -1,0 +1,81 @@
+"""Simulated sites that lie: what ``data.sites[].attack`` has a site send in place of what it learned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.adapter import AdapterState
+from ..core.config import RunConfig
+from ..core.errors import UserError
+from ..strategies import LocalRule, Training
+from ..strategies.wrapping import WrappedRule
+
+#: How long a random change is when nothing is said, over the change that the site learned.
+_LOUD = 10.0
+
+
+@dataclass(frozen=True)
+class Attack:
+    """theta_0 + c (theta_k - theta_0) for every tensor sent, with c = ``factor``.
+
+    ``random``: a normal draw in place of theta_k - theta_0, each tensor's as long as the change that was learned.
+    """
+
+    factor: float
+    random: bool = False
+
+    @classmethod
+    def named(cls, text: str) -> Attack:
+        """``scale:C``, ``sign-flip`` or ``sign-flip:C`` (factor -C; 1), ``random`` or ``random:C`` (10)."""
+        name, _, size = text.partition(":")
+        if name == "scale" and size:
+            return cls(float(size))
+        if name == "sign-flip":
+            return cls(-float(size or 1))
+        if name == "random":
+            return cls(float(size or _LOUD), random=True)
+        raise UserError(f"attack `{text}` is unknown; there are scale:C, sign-flip, sign-flip:C, random, random:C")
+
+    def apply(self, received: AdapterState, sent: AdapterState, draw: np.random.Generator) -> AdapterState:
+        """What is sent in place of ``sent``: its shared tensors changed, the others as they are."""
+        lies = {}
+        for name in received.spec.select("share"):
+            start = received[name].astype(np.float64)
+            step = sent[name].astype(np.float64) - start
+            if self.random:
+                noise = draw.standard_normal(step.shape)
+                length = float(np.linalg.norm(noise))
+                step = noise * (float(np.linalg.norm(step)) / length) if length else noise
+            lies[name] = (start + self.factor * step).astype(sent[name].dtype)
+        return AdapterState(sent.spec, {**sent, **lies}, names=tuple(sent))
+
+
+class Attacker(WrappedRule):
+    """A site that trains as it is told, and then sends ``attack``.
+
+    What it sends passes its gate like any answer: a gate looks at what leaves, not at how it was learned. Under
+    differential privacy its statement is a lie too, about nobody's data but its own.
+    """
+
+    def __init__(
+        self, training: Training, memory: Mapping[str, AdapterState], inner: LocalRule | None, attack: Attack, seed: int
+    ) -> None:
+        super().__init__(training, memory, inner)
+        self._attack = attack
+        text = f"attack|{seed}|{training.site}|{training.round}"
+        self._draw = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
+
+    def finish(self, trained: AdapterState, received: AdapterState) -> AdapterState:
+        return self._attack.apply(received, self.inner.finish(trained, received), self._draw)
+
+
+def attacking(rule: LocalRule | None, config: RunConfig, training: Training) -> LocalRule | None:
+    """``rule``, or that of an attacker where the configuration makes the site one."""
+    text = next((site.attack for site in config.data.sites if site.name == training.site), "")
+    if not text:
+        return rule
+    return Attacker(training, rule.memory if rule is not None else {}, rule, Attack.named(text), config.seed)
