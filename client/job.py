@@ -23,7 +23,7 @@ def shared_tensors(config: RunConfig, model: Resident, site: str) -> tuple[str, 
     try:
         aggregator = compose(config)
         # The resident adapter may still carry the policies and extras of another run.
-        fresh = model.adapter.read().with_spec(model.adapter.spec.bare)
+        fresh = model.adapter.read().with_spec(model.adapter.fresh)
         return aggregator.for_site(aggregator.prepare(fresh), site).spec.select("share")
     except UserError:
         return model.adapter.spec.bare.names

@@ -50,7 +50,8 @@ class AttachedAdapter:
         plain: Callable[[PeftModel], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model = model
-        self.spec = spec
+        #: As the method made it; :attr:`spec` has the policies and extras of the run that it serves.
+        self.fresh = self.spec = spec
         self._plain = plain or nullcontext
         self._parameters = {name: p for name, p in model.named_parameters() if name in spec.by_name}
         self._offset = BaseOffset(model)
