@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedgraft.client.data import Records, SiteData, label_indices, load_site, read_records, split
+from fedgraft.client.data import Records, SiteData, load_site, read_records, split
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import PrivateError, UserError
+from fedgraft.core.records import label_indices
 
 ROWS = [
     {"text": "acute fever", "label": "infection", "patient": "p1"},

@@ -15,9 +15,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedgraft.client import app as client_app
-from fedgraft.client import data as client_data
 from fedgraft.client.auditlog import audit_journal
 from fedgraft.client.resident import resident
+from fedgraft.core import records as core_records
 from fedgraft.core.errors import UserError
 from fedgraft.core.wire import NEEDS_STATE, decode_answer, encode_adapter
 from fedgraft.privacy import Ledger, epsilon
@@ -80,8 +80,13 @@ def talk(tiny_federation: Any, tmp_path: Path, conversation: ModuleType, policy:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every file of records that the site has opened."""
     opened: list[Path] = []
-    rows = client_data._rows
-    monkeypatch.setattr(client_data, "_rows", lambda path: opened.append(path) or rows(path))
+    rows = core_records._rows
+
+    def noted(path: Path) -> Any:
+        opened.append(path)
+        return rows(path)
+
+    monkeypatch.setattr(core_records, "_rows", noted)
     return opened
 
 
