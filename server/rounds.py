@@ -33,6 +33,7 @@ from .checkpoints import Checkpoint
 from .files import write_folder
 from .report import write_report
 from .rundir import RunDirectory, now
+from .validation import make_score
 
 _POLL = 0.5
 
@@ -104,11 +105,14 @@ class Federation:
         task = create_task(config.task)
         self.base: BaseModel = task.load(config.model, config.task, config.seed)
         self.adapter = attach(self.base, config.method, task, config.seed)
+        if self.aggregator.capabilities.needs_validation:
+            self._rule.score = make_score(config, self.base, self.adapter, task)
         self.run = self._resumed() if resume else self._fresh()
         state = self.checkpoint.state
         self.strategy = PeftStrategy(self._rule, state, config, run=self.run["run"], fingerprint=self.base.fingerprint)
-        # The tensors live in `state` now; the sites load a model of their own.
-        self.base.model.to("meta")
+        if self._rule.score is None:
+            # The tensors live in `state` now; the sites load a model of their own.
+            self.base.model.to("meta")
 
     def _fresh(self) -> dict[str, Any]:
         fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
@@ -164,7 +168,7 @@ class Federation:
         """
         try:
             self._write("running")
-            if warning := self._central_warning():
+            for warning in self._beforehand():
                 self.watch.note(warning)
             self._join()
             self._rounds()
@@ -440,13 +444,17 @@ class Federation:
             warnings.append(
                 "the central noise came from the run's seed (central.seeded_noise_not_private): it protects nobody"
             )
-        if warning := self._central_warning():
-            warnings.append(warning)
+        warnings += self._beforehand()
         for name, site in sites.items():
             asked = sum(name not in line.get("resting", ()) for line in trainings)
             if site["rounds"] < asked:
                 warnings.append(f"{name} answered in {site['rounds']} of {asked} rounds")
         return warnings
+
+    def _beforehand(self) -> list[str]:
+        """What is known to be doubtful before the first round."""
+        found = (self.aggregator.warning(self.config.privacy.enabled), self._central_warning())
+        return [text for text in found if text]
 
     # Central privacy
 

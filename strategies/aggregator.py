@@ -115,6 +115,10 @@ class Aggregator(ABC):
         One of another description (a base offset that has grown) must be whole.
         """
 
+    def warning(self, private: bool) -> str:
+        """What a person should know before a run starts, with ``private`` sites or not; empty: nothing."""
+        return ""
+
     def memory(self) -> Mapping[str, AdapterState]:
         """What must survive a restart between rounds (moments, control variates), by name."""
         return {}

@@ -61,9 +61,8 @@ class OneShot(Aggregator):
         self.merged = self.rule(self.options).merge(self._adapters, context)
         return self.merged.state.only(spec.select("share"))
 
-    def warning(self, config_private: bool) -> str:
-        """What a person should know before the run starts; empty: nothing."""
-        return self.rule(self.options).warning(config_private)
+    def warning(self, private: bool) -> str:
+        return self.rule(self.options).warning(private)
 
 
 @strategy("uniform")

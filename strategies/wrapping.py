@@ -76,6 +76,9 @@ class Wrapper(Aggregator):
     def local(self, training: Training, memory: Mapping[str, AdapterState]) -> LocalRule | None:
         return self.inner.local(training, memory)
 
+    def warning(self, private: bool) -> str:
+        return self.inner.warning(private)
+
     def start_round(self, state: AdapterState) -> None:
         self.inner.start_round(state)
 
