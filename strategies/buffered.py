@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -64,6 +64,8 @@ class FedBuff(Aggregator):
     source = "Nguyen et al. 2022, arXiv 2106.06639"
     capabilities = Capabilities(needs_individual=True)
     Options = FedBuffOptions
+    # A round of late work gives back no single update; the rest of the contract is that of a round without any.
+    contract_options: ClassVar[Mapping[str, int]] = {"max_staleness": 0}
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -149,12 +149,13 @@ class IFCA(Aggregator):
 
     def add(self, update: Update) -> None:
         told = update.state[CHOICE] if CHOICE in update.state else _one_hot(0, len(self._clusters))
-        chosen = np.flatnonzero(np.abs(told - 1) < 0.5)
-        if len(chosen) != 1 or (np.abs(np.delete(told, chosen)) >= 0.5).any():
+        chosen = int(np.argmax(told))
+        # A coarse form on the wire may round the 1, but leaves no doubt which it was.
+        if not (np.isfinite(told).all() and told[chosen] > 0 and (np.delete(told, chosen) <= told[chosen] / 2).all()):
             raise UserError(f"{update.site}: does not say which one of {len(self._clusters)} clusters it trained")
         names = (name for name in update.state if update.state.spec.by_name[name].parameter)
-        self._means[int(chosen[0])].add(update.state.only(names), update.weight)
-        self._heard[update.site] = int(chosen[0])
+        self._means[chosen].add(update.state.only(names), update.weight)
+        self._heard[update.site] = chosen
 
     def result(self) -> AdapterState:
         heaviest = int(np.argmax([mean.weight for mean in self._means]))

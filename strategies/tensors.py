@@ -17,4 +17,6 @@ def like(array: np.ndarray, tensor: Any) -> Any:
 
 def as_array(tensor: Any) -> np.ndarray:
     """``tensor`` as an array in float64."""
-    return np.array(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().double(), dtype=np.float64)
+    if not isinstance(tensor, np.ndarray):
+        tensor = tensor.detach().cpu().double().numpy()
+    return np.array(tensor, dtype=np.float64)
