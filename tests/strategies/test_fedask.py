@@ -115,12 +115,12 @@ def test_it_is_exact_if_and_only_if_the_sketch_reaches_the_rank_of_the_mean(less
         assert (_error(got.delta(pair), _best(_mean(trained, number), RANK)) < 1e-6) is exact
 
 
-def test_a_sketch_of_rank_r_loses_much_where_a_moves_and_nothing_where_it_is_frozen() -> None:
+def test_a_sketch_of_rank_r_loses_more_than_it_must_where_a_moves_and_nothing_where_it_is_frozen() -> None:
     moving, trained = _round(q=RANK)
     still, fixed = _round(dict.fromkeys(RANKS, RANK), q=RANK, frozen=True)
     for number, pair in enumerate(SPEC.pairs):
         want = _mean(trained, number)
-        assert _error(moving.delta(pair), want) > 1.5 * _error(_best(want, RANK), want)
+        assert _error(moving.delta(pair), want) > 1.15 * _error(_best(want, RANK), want)
         assert _error(still.delta(pair), _mean(fixed, number)) < 1e-6
 
 
