@@ -34,7 +34,7 @@ from sklearn.datasets import load_digits
 
 from fedgraft.core.adapter import AdapterSpec, AdapterState, LowRankPair, TensorSpec, offset_a, offset_b
 from fedgraft.privacy import calibrate_noise
-from fedgraft.strategies import LocalRule, create_aggregator
+from fedgraft.strategies import Aggregator, LocalRule, create_aggregator
 from fedgraft.strategies.contract.bench import Bench
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
@@ -281,6 +281,23 @@ class Digits(Bench):
         weights = {site: float(len(y)) for site, (_, y) in task.sites.items()}
         super().__init__(lambda: create_aggregator(name, options), initial(task, kind, seed), weights)
         self.pairs = {pair.a: pair for pair in self.state.spec.pairs}
+
+    def aggregator(self) -> Aggregator:
+        rule = super().aggregator()
+        rule.principal = self._principal
+        return rule
+
+    def _principal(self, initial: AdapterState) -> dict[str, np.ndarray]:
+        """s B A as the principal part of each base weight, as the server has it from the base model."""
+        found = {}
+        for pair, (w, _) in zip(initial.spec.pairs, self.task.weights, strict=True):
+            u, sigma, vt = np.linalg.svd(w, full_matrices=False)
+            root = np.sqrt(sigma[:RANK] / pair.scaling)
+            found |= {
+                pair.a: (root[:, None] * vt[:RANK]).astype(np.float32),
+                pair.b: (u[:, :RANK] * root).astype(np.float32),
+            }
+        return found
 
     def network(self, values: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
