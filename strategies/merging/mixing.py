@@ -39,7 +39,9 @@ def with_ranks(spec: AdapterSpec, ranks: Mapping[str, int]) -> AdapterSpec:
         (before, n), (m, _) = spec.by_name[pair.a].shape, spec.by_name[pair.b].shape
         rank = ranks.get(pair.a, before)
         shapes[pair.a], shapes[pair.b] = (rank, n), (m, rank)
-        pairs.append(replace(pair, scaling=pair.scaling * (before / rank) ** power))
+        own = spec.alpha is not None and pair.scaling == spec.alpha / before**power
+        scaling = spec.alpha / rank**power if own else pair.scaling * (before / rank) ** power
+        pairs.append(replace(pair, scaling=scaling))
     tensors = tuple(replace(t, shape=shapes.get(t.name, t.shape)) for t in spec.tensors)
     largest = max((shapes[pair.a][0] for pair in pairs), default=spec.rank)
     return replace(spec, tensors=tensors, pairs=tuple(pairs), rank=largest)

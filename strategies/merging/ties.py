@@ -100,7 +100,7 @@ class Election:
 
     def reasons(self) -> dict[str, str]:
         """What became of each adapter's entries, once all blocks were made."""
-        agreed, kept = np.sum(list(self._counts.values()), axis=0)
+        agreed, kept = sum(self._counts.values(), np.zeros((2, len(self._p)), dtype=np.int64))
         return {
             name: f"largest {self._density:.0%} of its entries, {agreed[k] / max(1, kept[k]):.0%} of them with the "
             "elected sign"
