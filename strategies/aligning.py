@@ -78,7 +78,7 @@ class FLoRANAOptions(Options):
 
 
 #: A sweep that brings the product less than this share of its size nearer is the last.
-_STILL = 1e-10
+_STILL = 1e-6
 
 
 @strategy("flora-na")
@@ -149,7 +149,8 @@ def _fitted(
     # <x_i f^T, x_j f^T> = <x_i G, x_j> with G = f^T f, and <x_i f^T, T> = <x_i, T f>: nothing is of size (m, n).
     flat = x.reshape(len(x), -1)
     gram = (x @ (fixed.T @ fixed)).reshape(len(x), -1) @ flat.T
-    target = flat @ np.einsum("k,kmr,krs->ms", p, x, y.swapaxes(1, 2) @ fixed).reshape(-1)
+    product = np.tensordot(p[:, None, None] * x, y.swapaxes(1, 2) @ fixed, axes=((0, 2), (0, 1)))
+    target = flat @ product.reshape(-1)
     weights = start + np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ (target - gram @ start)
     return weights, float(weights @ gram @ weights - 2 * weights @ target)
 
