@@ -61,6 +61,7 @@ class MethodConfig(Section):
         "", description="A (and a frozen B) from the base weight's singular vectors, or drawn; empty: the method's own"
     )
     heads: int = Field(0, ge=0, description="heads of ravan; 0: four")
+    experts: tuple[str, ...] = Field((), description="PEFT folders of the adapters that adapterfusion attends over")
 
 
 class TaskConfig(Section):
@@ -467,6 +468,7 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
             "data": data,
             "model": _model_path(config.model, folder),
             "start_from": absolute(config.start_from),
+            "method": config.method.model_copy(update={"experts": tuple(map(absolute, config.method.experts))}),
             "server": config.server.model_copy(update={"validation": absolute(config.server.validation)}),
         }
     )

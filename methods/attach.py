@@ -181,7 +181,7 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
     Raises :class:`UserError` when the method does not fit the model or would train nothing.
     """
     method = create_method(config.name)
-    for key in ("target_modules", "layers", "dropout", "init", "heads"):
+    for key in ("target_modules", "layers", "dropout", "init", "heads", "experts"):
         if getattr(config, key) and key not in method.accepts:
             raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
     peft_config = method.configure(config, task, base)
@@ -210,7 +210,7 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
                 f"method {config.name} would leave the head {head} of {type(base.model).__name__} untrained"
             )
     model.eval()
-    return AttachedAdapter(model, spec, method.plain)
+    return (method.attached or AttachedAdapter)(model, spec, method.plain)
 
 
 def _describe(model: PeftModel, method: Method, config: MethodConfig) -> AdapterSpec:

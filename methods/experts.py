@@ -30,7 +30,7 @@ def carry(base: BaseModel, states: Sequence[AdapterState]) -> PeftModel:
     Ranks may differ: the smaller factors are filled up with zeros, and each keeps its own scaling, so that every dW is
     what it was. Raises :class:`UserError` for what is no plain low-rank adapter of this model.
     """
-    _require_alike(states)
+    require_experts(states)
     rank = max(_rank(state) for state in states)
     targets = [_module(pair.a) for pair in states[0].spec.pairs]
     config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets, "inference_mode": True}
@@ -68,7 +68,7 @@ def write_expert(model: PeftModel, name: str, state: AdapterState, rank: int) ->
             parameters[target].copy_(torch.from_numpy(np.array(factors.get(key, array))))
 
 
-def _require_alike(states: Sequence[AdapterState]) -> None:
+def require_experts(states: Sequence[AdapterState]) -> None:
     """Raise :class:`UserError` unless all are low-rank adapters of the same modules, with the same head."""
     if len(states) < 2:
         raise UserError("routing between adapters needs two or more of them")

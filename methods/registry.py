@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -24,13 +25,14 @@ class Method:
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
     ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
-    ``layers``, ``dropout``, ``init`` and ``heads`` do; ``dp``: where its exact clipping comes from. ``options`` enter
-    the adapter's description: ``scaling = "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where
-    sites cannot differ in rank.
+    ``layers``, ``dropout``, ``init``, ``heads`` and ``experts`` do; ``dp``: where its exact clipping comes from.
+    ``options`` enter the adapter's description: ``scaling = "sqrt"`` where the update is scaled by alpha / sqrt(r),
+    ``common_rank`` where sites cannot differ in rank.
 
     For what PEFT has no method for: ``build`` gives the wrapped model other layers or first values, with the run's seed
     set; ``frozen`` tells which tensors belong to the adapter though they do not train, so that they cross once; within
-    ``plain`` the model is one that PEFT saves to, and loads from, a folder of its own.
+    ``plain`` the model is one that PEFT saves to, and loads from, a folder of its own; ``attached`` is the kind of
+    :class:`~.attach.AttachedAdapter` that it makes, where no folder of PEFT could hold it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method:
     build: Callable[[PeftModel, MethodConfig], None] | None = None
     frozen: Callable[[str], bool] | None = None
     plain: Callable[[PeftModel], AbstractContextManager[None]] | None = None
+    attached: Callable[..., Any] | None = None
     uses_rank: bool = False
     accepts: frozenset[str] = frozenset()
     dp: str = "exact"
