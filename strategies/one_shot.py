@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..core.adapter import AdapterState
@@ -12,7 +13,7 @@ from .merging import Adapter, Context, Merged, Merger
 from .merging.arithmetic import TaskArithmetic
 from .merging.dare import Dare
 from .merging.knots import Knots
-from .merging.mixing import lifted
+from .merging.mixing import alone, lifted
 from .merging.soup import UniformSoup
 from .merging.ties import Ties
 
@@ -25,6 +26,8 @@ class OneShot(Aggregator):
     """
 
     rule: ClassVar[type[Merger]]
+    #: What a rule that trims, drops or scales must be told to give agreeing sites back what they brought.
+    contract_options: ClassVar[Mapping[str, Any]] = {}
     capabilities = Capabilities(needs_individual=True, resets_state=True, heterogeneous_ranks=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -49,6 +52,9 @@ class OneShot(Aggregator):
         return state if rank is None or rank == state.spec.rank else lifted(state, state.spec.with_rank(rank))
 
     def add(self, update: Update) -> None:
+        for name in update.state.spec.select("share"):
+            if name not in update.state:
+                raise UserError(f"site {update.site}: tensor {name} is missing")
         # What the policies keep from being sent is not merged; the server's own stands in for it.
         whole = update.state.require_finite().filled_from(lifted(self._start, update.state.spec))
         self._adapters.append(Adapter(update.site, whole, update.weight))
@@ -58,7 +64,10 @@ class OneShot(Aggregator):
             raise UserError("no update arrived: there is nothing to merge")
         spec = self._start.spec
         context = Context(spec, start=self._start, seed=self.round, score=self.score)
-        self.merged = self.rule(self.options).merge(self._adapters, context)
+        if len(self._adapters) == 1:
+            self.merged = alone(self._adapters[0], context)
+        else:
+            self.merged = self.rule(self.options).merge(self._adapters, context)
         return self.merged.state.only(spec.select("share"))
 
     def warning(self, private: bool) -> str:
@@ -75,21 +84,25 @@ class UniformOneShot(OneShot):
 class TaskArithmeticOneShot(OneShot):
     __doc__ = TaskArithmetic.__doc__
     rule = TaskArithmetic
+    contract_options: ClassVar[Mapping[str, Any]] = {"scale": 0.25}
 
 
 @strategy("ties")
 class TiesOneShot(OneShot):
     __doc__ = Ties.__doc__
     rule = Ties
+    contract_options: ClassVar[Mapping[str, Any]] = {"density": 1.0}
 
 
 @strategy("dare")
 class DareOneShot(OneShot):
     __doc__ = Dare.__doc__
     rule = Dare
+    contract_options: ClassVar[Mapping[str, Any]] = {"density": 1.0}
 
 
 @strategy("knots")
 class KnotsOneShot(OneShot):
     __doc__ = Knots.__doc__
     rule = Knots
+    contract_options: ClassVar[Mapping[str, Any]] = {"density": 1.0}
