@@ -47,8 +47,8 @@ class FedASK(Aggregator):
     Then B = Q U sqrt(S / s), A = sqrt(S / s) V^T. Omega (n, q) is Gaussian, drawn anew each round from a seed that all
     know. Both passes are sums, so the server needs no site's factors: A and B stay at the sites. Q P^T is the mean
     exactly if and only if q reaches its rank, which is at most the sum of the sites' ranks; then B A is what FlexLoRA
-    gives, its best rank r. With q = r and an A that moves, more is lost than rank r must lose. (Where A is frozen and equal, the
-    mean has rank r and q = r is enough: but then the row space of A never changes, see FedSVD.)
+    gives, its best rank r. With q = r and an A that moves, more is lost than rank r must lose. (Where A is frozen and
+    equal, the mean has rank r and q = r is enough: but then the row space of A never changes, see FedSVD.)
 
     What a site sends is computed from its trained adapter, so under privacy it is post-processing. Source: Wen et al.
     2025, "Differentially Private Federated Low Rank Adaptation Beyond Fixed-Matrix", arXiv 2507.09990; there without s,
