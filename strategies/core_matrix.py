@@ -36,8 +36,8 @@ def dense_cores(state: AdapterState) -> dict[str, np.ndarray]:
     """
     found = {}
     for tensor in state.spec.tensors:
-        layer, dot, part = tensor.name.partition(".lora_A.default.core.")
-        if not dot or part == "scale":
+        layer, _, part = tensor.name.partition(".lora_A.default.core.")
+        if part not in ("weight", "heads"):
             continue
         core = state[tensor.name].astype(np.float64)
         if part == "heads":

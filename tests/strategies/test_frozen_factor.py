@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -70,8 +73,14 @@ def test_more_rows_than_columns_are_refused() -> None:
         orthonormal_rows(np.ones((5, 4)))
 
 
+def _fresh(seed: int) -> AdapterState:
+    """As LoRA begins: B is zero."""
+    state = _state(seed)
+    return AdapterState(SPEC, {**state, **{pair.b: np.zeros_like(state[pair.b]) for pair in PAIRS}})
+
+
 def test_prepare_freezes_every_a_and_nothing_else() -> None:
-    initial = _state(0)
+    initial = _fresh(0)
     prepared = create_aggregator("ffa").prepare(initial)
     assert prepared.spec.select("freeze") == ("q.a", "v.a")
     assert prepared.spec.select("share") == ("q.b", "v.b", "head")
@@ -82,6 +91,42 @@ def test_prepare_freezes_every_a_and_nothing_else() -> None:
     for name in ("q.a", "v.a"):
         assert np.array_equal(prepared[name], orthonormal_rows(initial[name]))
         assert not np.array_equal(prepared[name], initial[name])
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_an_adapter_that_was_trained_before_keeps_its_dw_when_its_a_becomes_orthogonal(scale: float) -> None:
+    initial = _state(0) * scale
+    prepared = create_aggregator("ffa").prepare(initial)
+    for pair in PAIRS:
+        assert not np.allclose(prepared[pair.a], initial[pair.a], rtol=0.1)
+        want = initial.delta(pair)
+        assert np.abs(prepared.delta(pair) - want).max() <= 1e-6 * np.abs(want).max()
+        a = prepared[pair.a].astype(np.float64)
+        np.testing.assert_allclose(a @ a.T, (a @ a.T)[0, 0] * np.eye(4), atol=1e-5 * scale**2)
+
+
+def test_a_basis_of_singular_vectors_is_left_where_the_method_put_it() -> None:
+    spec = replace(SPEC, options={"init": "svd"})
+    initial = _state(0, spec)
+    prepared = create_aggregator("ffa", {"basis": "svd"}).prepare(initial)
+    assert prepared.spec.select("freeze") == ("q.a", "v.a")
+    assert all(np.array_equal(prepared[name], initial[name]) for name in initial)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "orthonormal"}])
+def test_a_basis_of_singular_vectors_needs_the_method_that_has_the_base_weights(options: dict[str, str]) -> None:
+    initial = _state(0, replace(SPEC, options=options))
+    with pytest.raises(UserError) as refusal:
+        create_aggregator("ffa", {"basis": "svd"}).prepare(initial)
+    assert str(refusal.value) == "strategy `ffa` with basis svd takes A from the base weights: set method.init=svd"
+
+
+def test_an_svd_basis_of_a_model_is_orthonormal_and_exact(lab: Any) -> None:
+    state = lab.attach("gpt2", "sequence-classification", "lora", init="svd").read()
+    prepared = create_aggregator("ffa", {"basis": "svd"}).prepare(state)
+    for pair in prepared.spec.pairs:
+        a = prepared[pair.a].astype(np.float64)
+        np.testing.assert_allclose(a @ a.T, (a @ a.T)[0, 0] * np.eye(4), atol=1e-5)
 
 
 def test_a_random_basis_is_left_as_drawn() -> None:
