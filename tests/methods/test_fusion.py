@@ -157,7 +157,7 @@ def test_adapters_mean_nothing_to_other_methods(lab: Any, folders: tuple[str, ..
         lab.attach("bert", TEXT, "lora", experts=folders)
 
 
-@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("private", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fusion_is_federated_with_an_averaging_strategy(
     tiny_federation: Any, tinyfederation: Any, lab: Any, folders: tuple[str, ...], tmp_path: Path, private: bool
 ) -> None:
