@@ -14,7 +14,7 @@ from .averaging import FedIT
 from .local import LocalRule, Training
 from .refactoring import OtherTensors, require_factors
 from .residual import FactorMeans, equal_pairs
-from .stacking import StackedSum
+from .stacking import StackedSum, require_whole_pairs
 
 
 class LoRAFairOptions(Options):
@@ -45,6 +45,7 @@ class LoRAFair(Aggregator):
         return require_factors(initial, self.name)
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         self._means = FactorMeans(state)
@@ -105,6 +106,7 @@ class FLoRANA(Aggregator):
         return require_factors(initial, self.name)
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         self._terms: dict[str, list[tuple[float, np.ndarray, np.ndarray]]] = {pair.a: [] for pair in state.spec.pairs}

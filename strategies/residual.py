@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .refactoring import OtherTensors, factor_pairs, require_factors
-from .stacking import StackedSum, changes_of, with_changes
+from .stacking import StackedSum, changes_of, require_whole_pairs, with_changes
 
 
 def equal_pairs(update: Update, state: AdapterState) -> Iterator[tuple[LowRankPair, LowRankPair]]:
@@ -46,6 +46,7 @@ class _Averaged(Aggregator):
     """What both share: the mean of every tensor, streamed."""
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         self._means = FactorMeans(state)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..core.adapter import AdapterState, offset_a, offset_b
+from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .lowrank import Factors, svd
@@ -68,6 +69,18 @@ class StackedSum:
             left, right = left @ t.T, q.T
         self._left, self._right = [left], [right]
         self.rank = len(right)
+
+
+def require_whole_pairs(state: AdapterState, name: str) -> None:
+    """Raise :class:`UserError` where sites would share one factor of a pair alone, before any of them has trained."""
+    for pair in state.spec.pairs:
+        a, b = (state.spec.by_name[factor].policy for factor in (pair.a, pair.b))
+        if (a == "share") != (b == "share"):
+            own = pair.a if a != "share" else pair.b
+            raise UserError(
+                f"strategy `{name}` needs both factors of a pair, and tensor_policy keeps back {own}; share it, or "
+                "keep back both"
+            )
 
 
 def changes_of(state: AdapterState) -> dict[str, StackedSum]:
@@ -137,6 +150,7 @@ class FLoRA(Aggregator):
         return part_of_site(state, self.ranks, site)
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         self._sums = {pair.a: StackedSum(len(state[pair.b]), state[pair.a].shape[1]) for pair in state.spec.pairs}

@@ -280,3 +280,17 @@ def test_a_method_without_factors_is_refused(name: str) -> None:
         UserError, match=f"strategy `{name}` works on the factors of a low-rank method; bitfit has none"
     ):
         create_aggregator(name).prepare(_drawn(spec, 0))
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex", "frlora", "lora-fair", "flora-na"])
+def test_a_factor_that_the_configuration_keeps_back_is_refused_before_a_site_trains(name: str) -> None:
+    rule = create_aggregator(name, {"factors": "initial"} if name == "frlora" else {})
+    for kept in ("0.a", "1.b"):
+        spec = _spec().with_policy("freeze", lambda tensor, kept=kept: tensor.name == kept)
+        with pytest.raises(
+            UserError, match=f"strategy `{name}` needs both factors of a pair, and .* keeps back {kept}"
+        ):
+            rule.start_round(_drawn(spec, 0))
+    both = _spec().with_policy("local", lambda tensor: tensor.name in ("0.a", "0.b"))
+    state, _ = _round(rule, _drawn(both, 0), 1)
+    assert all(np.array_equal(state[factor], _drawn(both, 0)[factor]) for factor in ("0.a", "0.b") if factor in state)
