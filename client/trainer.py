@@ -201,10 +201,10 @@ class _Course:
         """Let the tensors of ``step`` train and the others rest; whether these are others than before."""
         asked = self.rule.trains(self._spec, step) if self.rule is not None else None
         now = {name: p for name, p in self._all.items() if asked is None or name in asked}
-        if now.keys() == self.active.keys():
-            return False
         if not now:
             raise UserError(f"the strategy lets no tensor train at step {step + 1}")
+        if now.keys() == self.active.keys():
+            return False
         self.active = now
         for name, parameter in self._all.items():
             parameter.requires_grad_(name in now)
