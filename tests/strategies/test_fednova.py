@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import NonFiniteError, UserError
 from fedgraft.core.update import Update
+from fedgraft.server.checkpoints import load_last
 from fedgraft.strategies import create_aggregator
 from fedgraft.strategies.fednova import EFFORT, effort
 
@@ -115,3 +117,20 @@ def test_what_cannot_be_averaged_is_refused(toy: Callable[..., Any]) -> None:
         rule.add(Update("p", small, 1.0))
     with pytest.raises(UserError, match="no update arrived"):
         rule.result()
+
+
+def test_a_whole_run_with_unequal_steps_differs_from_fedit_and_one_with_equal_steps_does_not(
+    tiny_federation: Any, tmp_path: Path
+) -> None:
+    sites = [{"name": "east", "local_steps": 1}, {"name": "north"}, {"name": "south", "local_steps": 5}]
+    ends: dict[tuple[str, bool], AdapterState] = {}
+    for strategy in ("fednova", "fedit"):
+        for equal in (True, False):
+            changes = {} if equal else {"data.sites": sites}
+            folder = tmp_path / f"{strategy}-{equal}"
+            tiny_federation.run(tiny_federation.config(strategy=strategy, rounds=1, **changes), folder)
+            ends[strategy, equal] = load_last(folder / "checkpoints").state
+    for name, array in ends["fedit", True].items():
+        # float32, once rounded by each
+        np.testing.assert_allclose(ends["fednova", True][name], array, rtol=1e-6, atol=1e-8)
+    assert (ends["fednova", False] - ends["fedit", False]).norm() > 1e-3

@@ -311,3 +311,11 @@ def test_flowers_adam_as_it_is_begins_elsewhere() -> None:
     got = one_round(ServerOptimiser(FedIT(), "adam", **SETTINGS), now, arrived)
     apart = max(float(np.abs(want[name].numpy() - got[name]).max()) for name in PLAIN.names)
     assert apart > 0.1 * SETTINGS["lr"]
+
+
+def test_a_whole_run_keeps_its_moments_over_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"server.optimizer": "adam", "server.lr": 0.05}
+    whole = tiny_federation.run(tiny_federation.config(**settings), tmp_path / "whole")
+    tiny_federation.run(tiny_federation.config(rounds=2, **settings), tmp_path / "parts")
+    parts = tiny_federation.resume(tiny_federation.config(**settings), tmp_path / "parts", rounds=3)
+    assert parts["digest"] == whole["digest"]

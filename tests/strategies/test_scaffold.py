@@ -199,3 +199,24 @@ def test_corrections_keep_the_kind_of_the_gradients(toy: Callable[..., Any]) -> 
         1.5,
         1.5,
     ]
+
+
+def test_a_whole_run_goes_on_after_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"strategy": "scaffold", "rounds": 3}
+    whole = tiny_federation.run(tiny_federation.config(**settings), tmp_path / "whole")
+    tiny_federation.run(tiny_federation.config(**{**settings, "rounds": 1}), tmp_path / "parts")
+    parts = tiny_federation.resume(tiny_federation.config(**settings), tmp_path / "parts", rounds=3)
+    assert parts["digest"] == whole["digest"]
+
+
+def test_the_variates_cost_no_budget(tiny_federation: Any, tmp_path: Path) -> None:
+    private = tiny_federation.run(tiny_federation.private(strategy="scaffold", rounds=2), tmp_path / "private")
+    other = tiny_federation.run(tiny_federation.private(rounds=2), tmp_path / "other")
+    spent = [{site: told["epsilon"] for site, told in run["sites"].items()} for run in (private, other)]
+    assert spent[0] == spent[1] and private["digest"] != other["digest"]
+
+
+def test_it_works_under_central_privacy(tiny_federation: Any, tmp_path: Path) -> None:
+    central = {"central.enabled": True, "central.epsilon": 50.0, "central.clip": 0.5}
+    run = tiny_federation.run(tiny_federation.config(strategy="scaffold", rounds=2, **central), tmp_path / "run")
+    assert run["status"] == "finished" and run["central"]["rounds"] == 2
