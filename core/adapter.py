@@ -168,7 +168,8 @@ class AdapterSpec:
             if rank := ranks.get(pair.a, 0):
                 (_, n), (m, _) = self.by_name[pair.a].shape, self.by_name[pair.b].shape
                 for name, shape in ((offset_a(pair), (rank, n)), (offset_b(pair), (m, rank))):
-                    offsets.append(TensorSpec(name, shape, role="offset", policy="freeze", parameter=False))
+                    dtype = self.by_name[pair.b].dtype
+                    offsets.append(TensorSpec(name, shape, dtype, "offset", policy="freeze", parameter=False))
         return self.with_extras((*others, *offsets))
 
     def with_policy(self, policy: Policy, where: Callable[[TensorSpec], bool]) -> AdapterSpec:

@@ -14,7 +14,7 @@ from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .local import LocalRule, Training
 from .lowrank import norm
-from .refactoring import OtherTensors, factor_pairs, part_of_site, require_factors
+from .refactoring import OtherTensors, factor_pairs, part_of_site, require_factors, require_whole_pairs
 
 _RANK = "hetlora-rank"
 _MEMORY = AdapterSpec(_RANK, (TensorSpec("rank", (1,), dtype="float64", policy="local"),))
@@ -64,6 +64,7 @@ class HetLoRA(Aggregator):
         return SelfPruning(training, memory, self.options.gamma, self.options.penalty)
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         # Two sums of each factor, by norm and by records: which of them counts is known at the end.

@@ -30,7 +30,13 @@ class TensorPolicies(Wrapper):
                 raise UserError(
                     f'tensor_policy: no tensor of the adapter fits "{pattern}"; there are {prepared.spec.names[0]} ...'
                 )
+        for number in (1, 2):
+            # A rule that cannot do without a tensor that rests says so now, not when sites have trained.
+            self.inner.start_round(prepared.with_spec(self._with_policies(prepared.spec, number)))
         return prepared.with_spec(self._with_policies(prepared.spec, 0))
+
+    def start_round(self, state: AdapterState) -> None:
+        self.inner.start_round(state.with_spec(self._with_policies(state.spec, self.round)))
 
     def for_site(self, state: AdapterState, site: str) -> AdapterState:
         sent = self.inner.for_site(state, site)

@@ -33,6 +33,18 @@ def require_factors(state: AdapterState, name: str) -> AdapterState:
     return state
 
 
+def require_whole_pairs(state: AdapterState, name: str) -> None:
+    """Raise :class:`UserError` where sites would share one factor of a pair alone, before any of them has trained."""
+    for pair in state.spec.pairs:
+        a, b = (state.spec.by_name[factor].policy for factor in (pair.a, pair.b))
+        if (a == "share") != (b == "share"):
+            own = pair.a if a != "share" else pair.b
+            raise UserError(
+                f"strategy `{name}` needs both factors of a pair, and tensor_policy keeps back {own}; share it, or "
+                "keep back both"
+            )
+
+
 def truncated(state: AdapterState, rank: int) -> AdapterState:
     """The adapter with the first ``rank`` rows of each A and columns of each B.
 
@@ -153,6 +165,7 @@ class Refactoring(Aggregator):
         return part_of_site(state, self.ranks, site)
 
     def start_round(self, state: AdapterState) -> None:
+        require_whole_pairs(state, self.name)
         self._state = state
         self._others = OtherTensors(state)
         self._bounds = self._slices(state)

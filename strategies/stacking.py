@@ -8,11 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..core.adapter import AdapterState, offset_a, offset_b
-from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .lowrank import Factors, svd
-from .refactoring import OtherTensors, factor_pairs, part_of_site, require_factors
+from .refactoring import OtherTensors, factor_pairs, part_of_site, require_factors, require_whole_pairs
 
 #: Singular values below this share of what was added up are what rounding made of a zero.
 _NOTHING = 1e-10
@@ -69,18 +68,6 @@ class StackedSum:
             left, right = left @ t.T, q.T
         self._left, self._right = [left], [right]
         self.rank = len(right)
-
-
-def require_whole_pairs(state: AdapterState, name: str) -> None:
-    """Raise :class:`UserError` where sites would share one factor of a pair alone, before any of them has trained."""
-    for pair in state.spec.pairs:
-        a, b = (state.spec.by_name[factor].policy for factor in (pair.a, pair.b))
-        if (a == "share") != (b == "share"):
-            own = pair.a if a != "share" else pair.b
-            raise UserError(
-                f"strategy `{name}` needs both factors of a pair, and tensor_policy keeps back {own}; share it, or "
-                "keep back both"
-            )
 
 
 def changes_of(state: AdapterState) -> dict[str, StackedSum]:

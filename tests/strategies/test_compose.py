@@ -118,6 +118,13 @@ def test_patterns_make_tensors_personal_frozen_or_scheduled() -> None:
         np.testing.assert_array_equal(result[shared], given[shared])
 
 
+@pytest.mark.parametrize("name", ["flora", "fedex", "flexlora", "flora-na", "lora-fair"])
+def test_a_schedule_that_keeps_one_factor_back_is_refused_before_the_run(name: str) -> None:
+    aggregator = compose(_config(strategy=name, tensor_policy={"*lora_A*": "odd"}))
+    with pytest.raises(UserError, match="lora_A"):
+        aggregator.prepare(_state(0))
+
+
 def test_the_first_pattern_that_fits_decides() -> None:
     aggregator = compose(_config(tensor_policy={"*lora_A*": "freeze", "*lora*": "local"}))
     spec = aggregator.prepare(_state(0)).spec
