@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .client.composing.commands import embed, route
 from .client.merge_commands import merge
 from .client.policy_commands import app as policy
 from .core.errors import UserError
@@ -226,6 +227,8 @@ def doctor() -> None:
 
 app.command("audit")(audit)
 app.command("merge")(merge)
+app.command("embed")(embed)
+app.command("route")(route)
 app.command("attack")(attack)
 
 

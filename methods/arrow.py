@@ -17,6 +17,7 @@ from ..core.adapter import AdapterState
 from ..core.basemodel import BaseModel
 from ..core.errors import UserError
 from .experts import carry, expert
+from .peftfolder import read_folder
 
 _ROUTER = "arrow_router"
 _FILE = "arrow.json"
@@ -108,3 +109,9 @@ def read_set(folder: str | Path) -> tuple[dict[str, Path], int, float]:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
             raise UserError(f"{path}: the adapter `{name}` is no name of a folder in it")
     return {name: Path(folder) / name for name in names}, most, temperature
+
+
+def load_set(base: BaseModel, folder: str | Path) -> PeftModel:
+    """``base`` with the adapters of a folder that :func:`write_set` made on it (in place), routed as it says."""
+    folders, most, temperature = read_set(folder)
+    return route(base, [read_folder(place).state for place in folders.values()], most=most, temperature=temperature)

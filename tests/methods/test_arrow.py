@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
-from fedgraft.methods.arrow import read_set, route, write_set
+from fedgraft.methods.arrow import load_set, read_set, route, write_set
 from fedgraft.methods.experts import carry, expert
 from fedgraft.strategies.merging.arrow import routed
 
@@ -104,6 +104,9 @@ def test_what_a_set_of_folders_holds_is_read_back(lab: Any, tmp_path: Path) -> N
     assert (list(found), most, temperature) == (list(sources), 2, 0.5)
     for name, folder in found.items():
         assert adapter.load_peft(folder) == adapter.load_peft(sources[name])
+    loaded = load_set(lab.base("bert", TEXT), tmp_path / "set")
+    made = route(lab.base("bert", TEXT), states(lab), most=2, temperature=0.5)
+    torch.testing.assert_close(lab.losses(loaded, batch(lab)), lab.losses(made, batch(lab)))
 
 
 def test_folders_that_hold_no_set_are_named(tmp_path: Path) -> None:
