@@ -54,8 +54,8 @@ def refusal(config: RunConfig, can: Capabilities) -> str | None:
             return f"site {site} has rank {rank}, above method.rank {config.method.rank}; raise method.rank to {rank}"
         if rank != config.method.rank and config.central.enabled:
             return (
-                f"site {site} has rank {rank}, the run has method.rank {config.method.rank}, and central privacy cannot "
-                "mix ranks; give all sites one rank"
+                f"site {site} has rank {rank}, the run has method.rank {config.method.rank}, and central privacy "
+                "cannot mix ranks; give all sites one rank"
             )
         if rank != config.method.rank and not can.heterogeneous_ranks:
             return (
