@@ -157,7 +157,9 @@ class PeftStrategy(Strategy):
 
     def _below_quorum(self) -> bool:
         answered = self._answered if self._second is None else len(self.phase.refined)
-        return not self.samples and answered < self.config.quorum
+        # No more can be waited for than the strategy asked.
+        asked = len(self.config.site_names) - len(self.phase.resting)
+        return not self.samples and answered < min(self.config.quorum, asked)
 
     def totals(self) -> dict[str, float]:
         """Sums over the sites' evaluation counts; empty when no site released any."""

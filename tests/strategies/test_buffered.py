@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Error, Message
 
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
@@ -202,7 +203,7 @@ def test_a_foreign_memory_is_refused(toy: Callable[..., Any]) -> None:
 
 
 def test_a_whole_run_asks_its_buffer_and_goes_on_after_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
-    settings = {"strategy": "fedbuff", "strategy_options": {"buffer": 2}, "server.quorum": 2}
+    settings = {"strategy": "fedbuff", "strategy_options": {"buffer": 2}}
     whole = tiny_federation.run(tiny_federation.config(rounds=5, **settings), tmp_path / "whole")
     assert whole["status"] == "finished"
     assert sum(site["rounds"] for site in whole["sites"].values()) == 10
@@ -210,3 +211,19 @@ def test_a_whole_run_asks_its_buffer_and_goes_on_after_a_stop(tiny_federation: A
     config = tiny_federation.config(rounds=5, **settings)
     again = tiny_federation.resume(config, tmp_path / "parts", rounds=5)
     assert again["digest"] == whole["digest"]
+
+
+def test_a_site_of_the_buffer_that_does_not_answer_is_below_the_quorum(tiny_federation: Any, tmp_path: Path) -> None:
+    """The quorum is of the sites that were asked: all of them, unless server.quorum says fewer."""
+    config = tiny_federation.config(rounds=2, strategy="fedbuff", strategy_options={"buffer": 2})
+    whole = tiny_federation.run(config, tmp_path / "whole")
+    assert whole["status"] == "finished"
+    asked = next(site for site, told in sorted(whole["sites"].items()) if told["rounds"])
+
+    def silent(site: str, message: Any, answer: Callable[[], Any]) -> Any:
+        if site == asked and message.metadata.message_type == "train":
+            return Message(Error(code=0, reason="gone"), reply_to=message)
+        return answer()
+
+    with pytest.raises(UserError, match="sites answered, the quorum is"):
+        tiny_federation.run(config, tmp_path / "silent", silent)
