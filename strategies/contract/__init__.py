@@ -1,6 +1,6 @@
 """The contract of a strategy, for whoever writes one: a toy federation and the tests that every strategy passes.
 
-Needs pytest. In a plugin's test file::
+In a plugin's test file, where there is pytest::
 
     from fedgraft.strategies.contract import StrategyContract
 
@@ -8,7 +8,20 @@ Needs pytest. In a plugin's test file::
         strategy = "mine"
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .bench import Bench, BrokenContractError, toy_spec
-from .suite import StrategyContract
+
+if TYPE_CHECKING:
+    from .suite import StrategyContract
 
 __all__ = ["Bench", "BrokenContractError", "StrategyContract", "toy_spec"]
+
+
+def __getattr__(name: str) -> Any:
+    # The toy federation is of use where there is no pytest.
+    if name == "StrategyContract":
+        from .suite import StrategyContract
+
+        return StrategyContract
+    raise AttributeError(name)

@@ -85,7 +85,8 @@ class Bench:
     sites pull to the same values. ``tensor`` makes of an array what a local rule's ``direction`` is given.
 
     After :meth:`round`, ``state`` is the global adapter, ``sent`` maps a site to its (first) update, and ``brought``
-    to its whole adapter as it trained it and as it was sent.
+    to its whole adapter as it trained it and as it was sent; ``second`` is what a second pass asked about, and
+    ``refined`` what came of it.
     """
 
     steps, lr = 3, 0.2
@@ -107,6 +108,8 @@ class Bench:
         self.memories: dict[str, dict[str, AdapterState]] = {}
         self.sent: dict[str, Update] = {}
         self.brought: dict[str, AdapterState] = {}
+        self.second: AdapterState | None = None
+        self.refined: dict[str, Update] = {}
         self.rule = self.aggregator()
         self.state = self.rule.prepare(initial)
         if self.state.spec.bare != initial.spec.bare or set(self.state) != set(self.state.spec.names):
@@ -142,12 +145,14 @@ class Bench:
         """Aggregate ``updates`` and, where the strategy has one, the second pass of their senders."""
         for update in updates:
             self.rule.add(update)
-        second = self.rule.second_pass()
+        self.refined, self.second = {}, self.rule.second_pass()
+        second = self.second
         if (second is not None) != self.rule.capabilities.two_passes:
             raise BrokenContractError("second_pass() and capabilities.two_passes disagree")
         if second is not None:
             senders = [update.site for update in updates if update.site in self.weights]
-            for update in again([self._refine(site, second) for site in senders or self.asked]):
+            self.refined = {site: self._refine(site, second) for site in senders or self.asked}
+            for update in again(list(self.refined.values())):
                 self.rule.add_refined(update)
         self.state = self._merged(self.rule.result())
         return self.state
