@@ -8,7 +8,8 @@ A network (64-64-64-10) learns upright digits (scikit-learn's, 8 x 8); ten sites
 adapt it to rotated ones of other writers (each image four times, by angles of 60 +- 15 degrees, each a record of its
 own): adapters on all three layers, 40 rounds of 10 local steps. The aggregators and
 site-side rules are those of `fedgraft.strategies`, through the same calls as in a run; the training is plain NumPy with
-clipped per-example gradients and Gaussian noise, so that a run takes seconds. Learning rates: the best of one grid on a
+clipped per-example gradients and Gaussian noise (without privacy the mean gradient is clipped, to the same norm), so
+that a run takes seconds. Learning rates: the best of one grid on a
 validation split, the same trials for every strategy; then five other seeds (data split, sites, base network, noise).
 
 Two accuracies: of the global adapter on the test digits, and at the sites, of each site's own adapter (personal tensors
@@ -336,11 +337,14 @@ class Digits(Bench):
             if self.noise is not None:
                 norms = np.sqrt(sum(_squares(u, v) for _, u, v in found))
                 weights = np.minimum(1.0, CLIP / np.maximum(norms, 1e-12))
-            for name, u, v in found:
-                total = _total(u, v, weights)
+            gradients = {name: _total(u, v, weights) / BATCH for name, u, v in found}
+            if self.noise is None:
+                norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
+                gradients = {name: g * min(1.0, CLIP / max(norm, 1e-12)) for name, g in gradients.items()}
+            for name, total in gradients.items():
+                gradient: Any = total
                 if self.noise is not None:
-                    total = total + self.noise[site] * CLIP * random.standard_normal(total.shape)
-                gradient: Any = total / BATCH
+                    gradient = total + self.noise[site] * CLIP / BATCH * random.standard_normal(total.shape)
                 if rule is not None:
                     gradient = rule.direction(name, gradient, values[name], first[name], step)
                 velocity[name] = MOMENTUM * velocity.get(name, 0.0) + gradient

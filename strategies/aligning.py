@@ -12,9 +12,9 @@ from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .averaging import FedIT
 from .local import LocalRule, Training
-from .refactoring import OtherTensors, require_factors
+from .refactoring import OtherTensors, require_factors, require_whole_pairs
 from .residual import FactorMeans, equal_pairs
-from .stacking import StackedSum, require_whole_pairs
+from .stacking import StackedSum
 
 
 class LoRAFairOptions(Options):

@@ -13,8 +13,8 @@ from ..core.adapter import AdapterState, LowRankPair, explain_shape
 from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
-from .refactoring import OtherTensors, factor_pairs, require_factors
-from .stacking import StackedSum, changes_of, require_whole_pairs, with_changes
+from .refactoring import OtherTensors, factor_pairs, require_factors, require_whole_pairs
+from .stacking import StackedSum, changes_of, with_changes
 
 
 def equal_pairs(update: Update, state: AdapterState) -> Iterator[tuple[LowRankPair, LowRankPair]]:
