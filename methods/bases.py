@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from ..core.errors import UserError
 
 #: Up to this many rows or columns the whole decomposition costs less than a second.
-_WHOLE = 1024
+_WHOLE = 768
 
 
 def singular_bases(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
