@@ -98,7 +98,8 @@ class Scaffold(Aggregator):
     as if each had been released by itself. Everything else is a function of these and of what the server sent: y_k by
     the optimiser's steps, c_k as a mean of them, u_k by a sum, over all rounds by induction. So what is sent is
     post-processing of one release, and costs no budget of its own; an adapter that is public says as much as its
-    variates do. Source: Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II.
+    variates do. The noise in c_k about doubles the variance of the noise in y_k, and cancels in the mean as the
+    corrections do. Source: Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II.
     """
 
     summary = "local steps along g - c_k + c, with control variates c_k and their mean c"

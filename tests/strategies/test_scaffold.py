@@ -130,6 +130,30 @@ def test_what_is_sent_beside_the_adapter_is_a_function_of_it_and_of_what_came_do
                 close(update.state[control(name)], (before[name] - update.state[name]) / (site.steps * site.lr))
 
 
+def test_noise_in_the_variates_cancels_in_the_mean(toy: Callable[..., Any]) -> None:
+    """Gradients that are noise alone: a site goes further astray than without variates, the mean does not."""
+    plays = [toy(create_aggregator(name), steps=4) for name in ("scaffold", "fedit")]
+
+    class Noise(plays[0].site):  # type: ignore[misc]
+        def gradient(self, name: str, value: np.ndarray, round: int, step: int) -> np.ndarray:
+            _, optimum = self.curve(name, value.shape)
+            return super().gradient(name, optimum, round, step)
+
+    spread = []
+    for play in plays:
+        play.sites = [Noise(site.name, site.seed, site.weight, steps=4) for site in play.sites]
+        now, squares = play.draw(0), 0.0
+        for number in range(40):
+            before, now = now, play.one(now)
+            if number:
+                squares += sum(float(((u.state["a"] - before["a"]) ** 2).sum()) for u in play.sent)
+        spread.append((now, squares))
+    (scaffold, own), (fedit, plain) = spread
+    for name in fedit:
+        close(scaffold[name], fedit[name])
+    assert 1.5 * plain < own < 3 * plain
+
+
 def test_no_site_drifts_alone_so_one_site_is_the_identity(toy: Callable[..., Any]) -> None:
     play = toy(create_aggregator("scaffold"))
     play.sites = play.sites[:1]

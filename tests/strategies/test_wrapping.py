@@ -47,6 +47,10 @@ class Recorder(Aggregator):
         self._note("local", training, memory)
         return LocalRule(training, memory)
 
+    def warning(self, private: bool) -> str:
+        self._note("warning", private)
+        return "mind the gap"
+
     def start_round(self, state: AdapterState) -> None:
         self._note("start_round", state)
 
@@ -77,6 +81,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "prepare": (STATE,),
     "for_site": (STATE, "east"),
     "local": (Training("east", 1, 2, 0.1), {}),
+    "warning": (True,),
     "start_round": (STATE,),
     "asked": (("east", "north"),),
     "add": (Update("east", STATE, 1.0),),
@@ -117,9 +122,9 @@ def test_what_is_set_from_outside_reaches_the_rule_inside_and_is_not_forgotten()
     inner.round = 7
     wrapped = Wrapper(Wrapper(inner))
     assert wrapped.round == 7
-    wrapped.round, wrapped.ranks, wrapped.score = 8, {"east": 2}, AdapterState.norm
-    assert (inner.round, inner.ranks, inner.score) == (8, {"east": 2}, AdapterState.norm)
-    assert (wrapped.round, wrapped.ranks, wrapped.score) == (8, {"east": 2}, AdapterState.norm)
+    wrapped.round, wrapped.ranks, wrapped.score, wrapped.principal = 8, {"east": 2}, AdapterState.norm, dict
+    for rule in (inner, wrapped):
+        assert (rule.round, rule.ranks, rule.score, rule.principal) == (8, {"east": 2}, AdapterState.norm, dict)
 
 
 def test_memories_of_nested_rules_do_not_mix() -> None:
