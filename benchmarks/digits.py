@@ -46,7 +46,7 @@ ANGLE, JITTER, COPIES = 60.0, 15.0, 4
 SIZES = (64, 64, 64, 10)
 UPRIGHT, VALIDATION, TEST = 500, 150, 300
 PRIVACY: dict[str, float | None] = {"none": None, "8": 8.0, "2": 2.0}
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 TUNING, SEEDS = (101, 102), (1, 2, 3, 4, 5)
 #: Name in the table: strategy, its options, the kind of adapter.
 ENTRIES: dict[str, tuple[str, dict[str, Any], str]] = {
