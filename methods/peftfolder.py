@@ -279,8 +279,8 @@ def convert_folder(folder: str | Path, model: str, rank: int) -> PeftFolder:
     """An adapter of another PEFT type as LoRA of ``rank``, by PEFT's ``convert_to_lora`` on the base ``model``.
 
     Heads stay as they are. ``lost`` of the answer is the relative Frobenius error over all layers together: 0 where the
-    change has at most that rank. Raises :class:`UserError` for a type
-    that PEFT does not convert: one that adds no matrix to a weight, such as a prompt, a prefix or (IA)3.
+    change has at most that rank. Raises :class:`UserError` for a type that PEFT does not convert: one that adds no
+    matrix to a weight, such as a prompt, a prefix or (IA)3.
     """
     place = locate(folder)
     config, weights = _config(place), _tensors(place)
