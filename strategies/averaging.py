@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.adapter import AdapterState, LowRankPair, explain_shape
+from ..core.adapter import AdapterSpec, AdapterState, LowRankPair, explain_shape
 from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, strategy
@@ -19,17 +19,20 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sum: dict[str, np.ndarray] = {}
-        self._first: AdapterState | None = None
+        self._spec: AdapterSpec | None = None
+        self._taken: AdapterState | None = None
         self.weight = 0.0
 
     def add(self, state: AdapterState, weight: float) -> None:
         if not (weight > 0 and np.isfinite(self.weight + weight)):
             raise UserError(f"the weight of an update is {weight}; it must be a positive number")
+        if self._taken is not None:
+            raise ValueError("the mean was taken: an update that comes after it would be lost")
         state.require_finite()
-        if self._first is None:
-            self._first = state
+        if self._spec is None:
+            self._spec = state.spec
             self._sum = {name: np.zeros(array.shape) for name, array in state.items()}
-        _require_alike(state, self._first)
+        self._require_alike(state, self._spec)
         for name, array in state.items():
             # numpy multiplies a float32 array by a float scalar in float32: widen first.
             wide = array.astype(np.float64)
@@ -38,32 +41,41 @@ class RunningMean:
         self.weight += weight
 
     def result(self) -> AdapterState:
-        if self._first is None:
+        return self._taken if self._taken is not None else self._means(keep=True)
+
+    def take(self) -> AdapterState:
+        """:meth:`result`, and no more updates: each sum goes as its mean comes, so that they are never held at once."""
+        if self._taken is None:
+            self._taken = self._means(keep=False)
+        return self._taken
+
+    def _means(self, *, keep: bool) -> AdapterState:
+        if self._spec is None:
             raise UserError("no update arrived: there is nothing to average")
-        first, total = self._first, self.weight
-        return AdapterState(
-            first.spec,
-            {name: (self._sum[name] / total).astype(first[name].dtype) for name in first},
-            names=tuple(first),
-        ).require_finite()
+        names, tensors = tuple(self._sum), {}
+        for name in names:
+            total = self._sum[name] if keep else self._sum.pop(name)
+            mean = np.asarray(total / self.weight).astype(self._spec.by_name[name].dtype)
+            mean.flags.writeable = False  # or the state would copy it
+            tensors[name] = mean
+        return AdapterState(self._spec, tensors, names=names).require_finite()
+
+    def _require_alike(self, state: AdapterState, spec: AdapterSpec) -> None:
+        """Raise :class:`UserError` unless numbers of ``state`` mean the same as those of the first, of ``spec``."""
+        if tuple(state) != tuple(self._sum):
+            odd = min(set(state) ^ set(self._sum), default="")
+            raise UserError(f"two updates differ in their tensors: {odd or 'in their order'}")
+        for name, array in state.items():
+            if array.shape != self._sum[name].shape:
+                raise UserError(explain_shape(name, array.shape, self._sum[name].shape))
+        # Factors under another scale or layout have the right shapes, and a mean that is worse than none.
+        if state.spec.pairs != spec.pairs and _factors(state, state.spec) != _factors(state, spec):
+            raise UserError("two updates scale or lay out their low-rank factors differently; set method.alpha alike")
 
 
-def _require_alike(state: AdapterState, first: AdapterState) -> None:
-    """Raise :class:`UserError` unless numbers of ``state`` mean the same as those of ``first``."""
-    if tuple(state) != tuple(first):
-        odd = min(set(state) ^ set(first), default="")
-        raise UserError(f"two updates differ in their tensors: {odd or 'in their order'}")
-    for name, array in state.items():
-        if array.shape != first[name].shape:
-            raise UserError(explain_shape(name, array.shape, first[name].shape))
-    # Factors under another scale or layout have the right shapes, and a mean that is worse than none.
-    if state.spec.pairs != first.spec.pairs and _factors(state) != _factors(first):
-        raise UserError("two updates scale or lay out their low-rank factors differently; set method.alpha alike")
-
-
-def _factors(state: AdapterState) -> list[LowRankPair]:
-    """The pairs of which ``state`` holds a factor."""
-    return [pair for pair in state.spec.pairs if pair.a in state or pair.b in state]
+def _factors(state: AdapterState, spec: AdapterSpec) -> list[LowRankPair]:
+    """The pairs of ``spec`` of which ``state`` holds a factor."""
+    return [pair for pair in spec.pairs if pair.a in state or pair.b in state]
 
 
 @strategy("fedit")
@@ -85,4 +97,4 @@ class FedIT(Aggregator):
         self._mean.add(update.state, update.weight)
 
     def result(self) -> AdapterState:
-        return self._mean.result()
+        return self._mean.take()

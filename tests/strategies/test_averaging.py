@@ -238,6 +238,40 @@ def test_the_result_is_a_value_of_its_own() -> None:
     assert AdapterState(SPEC, dict(first)).digest == before
 
 
+def test_a_mean_that_is_taken_is_the_result_and_ends_the_sum() -> None:
+    kept, taken = RunningMean(), RunningMean()
+    for mean in (kept, taken):
+        mean.add(STATES[0], 1.0)
+        mean.add(STATES[1], 3.0)
+    assert taken.take() == kept.result()
+    assert taken.take() == taken.result() == kept.result()
+    with pytest.raises(ValueError, match="the mean was taken"):
+        taken.add(STATES[0], 1.0)
+
+
+def test_the_sum_takes_less_than_three_states_beside_the_update() -> None:
+    spec = AdapterSpec(method="m", tensors=tuple(TensorSpec(f"x{k}", (5_000,)) for k in range(40)))
+    size = 4 * spec.parameters
+    rule = FedIT()
+    tracemalloc.start()
+    rule.start_round(AdapterState(spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.tensors}))
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        noise = {t.name: random.standard_normal(t.shape, dtype=np.float32) for t in spec.tensors}
+        for array in noise.values():
+            array.flags.writeable = False
+        rule.add(Update("site", AdapterState(spec, noise), 1.0))
+        del noise, array
+    streaming = tracemalloc.get_traced_memory()[1] - before - size
+    tracemalloc.reset_peak()
+    rule.result()
+    closing = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert streaming < 3 * size and closing < 3 * size
+
+
 def test_memory_does_not_grow_with_the_sites() -> None:
     spec = AdapterSpec(method="m", tensors=(TensorSpec("x", (50_000,)),))
     mean = RunningMean()
