@@ -90,7 +90,7 @@ def _number(text: str) -> int:
 
 
 def _one_hot(cluster: int, clusters: int) -> np.ndarray:
-    return np.eye(clusters)[cluster]
+    return np.eye(clusters, dtype=np.float32)[cluster]
 
 
 @strategy("ifca")
@@ -156,7 +156,7 @@ class IFCA(Aggregator):
         chosen = self._chosen(site)
         if site in self._choices:
             tensors |= {tensor.name: clusters[chosen][tensor.name] for tensor in shared}
-        extras.append(TensorSpec(CHOICE, (len(clusters),), "float64", "choice", parameter=False))
+        extras.append(TensorSpec(CHOICE, (len(clusters),), role="choice", parameter=False))
         tensors[CHOICE] = _one_hot(chosen, len(clusters))
         return AdapterState(state.spec.with_extras(extras), tensors)
 

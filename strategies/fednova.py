@@ -33,7 +33,7 @@ class NormalisedSite(LocalRule):
 
     def finish(self, trained: AdapterState, received: AdapterState) -> AdapterState:
         own = np.array([effort(self.training.steps, self.training.momentum)])
-        sent = {**trained, EFFORT: own}
+        sent = {**trained, EFFORT: own.astype(received[EFFORT].dtype)}
         return AdapterState(received.spec, sent, names=tuple(n for n in received.spec.names if n in sent))
 
 
@@ -58,9 +58,11 @@ class FedNova(Aggregator):
         return NormalisedSite(training, memory)
 
     def for_site(self, state: AdapterState, site: str) -> AdapterState:
-        told = TensorSpec(EFFORT, (1,), "float64", role="effort", parameter=False)
+        # As the adapter's own numbers, which every form of server.upload takes.
+        kind = "float32" if any(tensor.dtype == "float32" for tensor in state.spec.tensors) else "float64"
+        told = TensorSpec(EFFORT, (1,), kind, role="effort", parameter=False)
         spec = state.spec.with_extras((*state.spec.extras, told))
-        return AdapterState(spec, {**state, EFFORT: np.ones(1)})
+        return AdapterState(spec, {**state, EFFORT: np.ones(1, kind)})
 
     def start_round(self, state: AdapterState) -> None:
         self._state, self._mean = state, RunningMean()

@@ -178,7 +178,7 @@ def test_a_site_that_does_not_say_which_cluster_it_trained_is_refused(
     start = toy(rule).draw(0)
     rule.start_round(start)
     sent = rule.for_site(start, "p")
-    bad = AdapterState(sent.spec, {**sent, CHOICE: np.array(told)}).only(sent.spec.select("share"))
+    bad = AdapterState(sent.spec, {**sent, CHOICE: np.array(told, np.float32)}).only(sent.spec.select("share"))
     with pytest.raises(UserError, match="p: does not say which one of 2 clusters"):
         rule.add(Update("p", bad, 1.0))
     with pytest.raises(UserError, match="no update arrived"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fedgraft.core.errors import NonFiniteError, UserError
 from fedgraft.core.update import Update
 from fedgraft.server.checkpoints import load_last
 from fedgraft.strategies import create_aggregator
-from fedgraft.strategies.fednova import EFFORT, effort
+from fedgraft.strategies.fednova import EFFORT, FedNova, effort
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
@@ -134,3 +135,18 @@ def test_a_whole_run_with_unequal_steps_differs_from_fedit_and_one_with_equal_st
         # float32, once rounded by each
         np.testing.assert_allclose(ends["fednova", True][name], array, rtol=1e-6, atol=1e-8)
     assert (ends["fednova", False] - ends["fedit", False]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("upload", ["int8", "topk"])
+def test_what_a_site_says_of_its_steps_survives_a_lossy_upload(
+    tiny_federation: Any, tmp_path: Path, upload: str
+) -> None:
+    sites = [{"name": "east", "local_steps": 1}, {"name": "north"}, {"name": "south", "local_steps": 5}]
+    settings = {"strategy": "fednova", "rounds": 1, "server.upload": upload, "data.sites": sites}
+    with mock.patch.object(FedNova, "add", autospec=True, side_effect=FedNova.add) as add:
+        tiny_federation.run(tiny_federation.config(**settings), tmp_path / "run")
+    told = {call.args[1].site: float(call.args[1].state[EFFORT][0]) for call in add.call_args_list}
+    # momentum 0.5; a number that is rounded alone is rounded to itself, but for float32
+    assert told == pytest.approx(
+        {site: effort(steps, 0.5) for site, steps in (("east", 1), ("north", 3), ("south", 5))}
+    )
