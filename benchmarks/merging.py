@@ -13,6 +13,7 @@ hospitals are kept in the cache, so that an interrupted run goes on where it was
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -51,7 +52,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "merging.json"
 PICTURE = HERE.parent / "docs" / "images" / "merging.svg"
 HOSPITALS = ("ash", "birch", "cedar", "elm", "fir", "oak")
-SHOTS, TEXTS, EPSILON, STATISTICS = 5, 100, 1.0, 60
+SHOTS, TEXTS, EPSILON, STATISTICS, FEW_STEPS = 5, 100, 1.0, 60, 40
 SETTINGS = [
     f"data.sites={json.dumps(HOSPITALS)}",
     "rounds=1",
@@ -59,7 +60,7 @@ SETTINGS = [
     "train.optimizer=adamw",
     "train.lr=2e-3",
     "train.batch_size=32",
-    "data.test_per_class=80",
+    "data.test_per_class=60",
     "train.device=cpu",
 ]
 
@@ -80,6 +81,7 @@ class Hospital:
     name: str
     data: SiteData
     state: AdapterState
+    folder: Path
     vectors: np.ndarray
     private: np.ndarray
     noise: float
@@ -138,7 +140,9 @@ def hospitals(config: RunConfig, steps: int, cache: Path) -> tuple[AdapterState,
         stream = RandomStream.seeded_not_private("merging", config.seed, name)
         private = noised_mean(vectors, groups, event, stream)[None]
         noise = event.noise_multiplier / len(groups)
-        found.append(Hospital(name, data, AdapterState.load(kept), vectors, private, noise))
+        state = AdapterState.load(kept)
+        folder = model.adapter.save_peft(cache / name, state)
+        found.append(Hospital(name, data, state, folder, vectors, private, noise))
     return initial, found, seconds
 
 
@@ -152,13 +156,14 @@ def some(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.random.default_rng(6).permutation(len(rows))[:count]]
 
 
+PARTS = ("without_data", "with_texts", "with_labels", "with_fusion", "with_statistics", "for_comparison")
+
+
 class Newcomer:
     """Everything that is tried for one new hospital."""
 
-    def __init__(
-        self, config: RunConfig, initial: AdapterState, new: Hospital, others: Sequence[Hospital], steps: int
-    ) -> None:
-        self.config, self.initial, self.new, self.steps = config, initial, new, steps
+    def __init__(self, config: RunConfig, initial: AdapterState, new: Hospital, others: Sequence[Hospital]) -> None:
+        self.config, self.initial, self.new = config, initial, new
         self.others = list(others)
         self.adapters = [Adapter(hospital.name, hospital.state) for hospital in others]
         self.few = few(new.data.train, SHOTS, config.seed)
@@ -179,13 +184,10 @@ class Newcomer:
         weights = {name: round(weight, 4) for name, weight in merged.weights.items()}
         self.tell(label, needs, merged.state, seconds, lost=merged.lost, weights=weights)
 
-    def run(self) -> list[Row]:
+    def run(self, part: str) -> list[Row]:
+        """The rows of one of :data:`PARTS`."""
         resident_for(self.config, common_spec(self.adapters, self.exact))  # loaded before a clock runs
-        self.without_data()
-        self.with_texts()
-        self.with_labels()
-        self.with_statistics()
-        self.for_comparison()
+        getattr(self, part)()
         return self.rows
 
     def without_data(self) -> None:
@@ -260,8 +262,23 @@ class Newcomer:
         self.tell("best single by the few", needs, single.state, time.process_time() - began)
         began = time.process_time()
         model = resident_for(self.config, self.initial.spec)
-        state = trained(self.config, model, self.initial, self.few, f"few-{self.new.name}", self.steps)
+        state = trained(self.config, model, self.initial, self.few, f"few-{self.new.name}", FEW_STEPS)
         self.tell("trained on the few alone", needs, state, time.process_time() - began)
+
+    def with_fusion(self) -> None:
+        """Attention over the five adapters, trained on the few as the lone adapter is."""
+        folders = tuple(str(hospital.folder) for hospital in self.others)
+        method = self.config.method.model_copy(update={"name": "adapterfusion", "experts": folders})
+        config = self.config.model_copy(update={"method": method})
+        model = resident(config)
+        scorer, start = Scorer(config, self.new.data.held_out), model.adapter.read()
+        began = time.process_time()
+        state = trained(config, model, start, self.few, f"few-{self.new.name}", FEW_STEPS)
+        seconds = time.process_time() - began
+        for label, held, spent in (("mean of outputs, mean head", start, 0.0), ("adapterfusion", state, seconds)):
+            needs = "nothing" if held is start else "5 labelled a chapter"
+            self.rows.append(Row(label, needs, scorer.accuracy(held), spent))
+            print(f"  {label:34s} {self.rows[-1].accuracy:.3f}  {spent:6.2f} s", flush=True)
 
     def with_statistics(self) -> None:
         needs, own = "statistics of the others' records", self.initial.spec.rank or 0
@@ -345,20 +362,22 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="another setting, key=value")
     arguments = parser.parse_args()
     config = load_scenario("hospitals-icd10", [*SETTINGS, *arguments.set])
-    cache = arguments.cache / f"{config.digest()[:12]}-{arguments.steps}"
+    chosen = json.dumps([SETTINGS, arguments.set, arguments.steps])
+    cache = arguments.cache / hashlib.sha256(chosen.encode()).hexdigest()[:12]
     cache.mkdir(parents=True, exist_ok=True)
     initial, found, seconds = hospitals(config, arguments.steps, cache)
     every: list[dict[str, Any]] = []
     for new in found:
         if arguments.only and new.name not in arguments.only:
             continue
-        kept = cache / f"rows-{new.name}.json"
-        if not kept.is_file():
-            others = [hospital for hospital in found if hospital is not new]
-            print(f"new hospital {new.name}: {len(new.data.held_out)} held-out phrases", flush=True)
-            rows = Newcomer(config, initial, new, others, arguments.steps).run()
-            kept.write_text(json.dumps([{**vars(row), "hospital": new.name} for row in rows]))
-        every += json.loads(kept.read_text())
+        others = [hospital for hospital in found if hospital is not new]
+        print(f"new hospital {new.name}: {len(new.data.held_out)} held-out phrases", flush=True)
+        for part in PARTS:
+            kept = cache / f"{new.name}-{part}.json"
+            if not kept.is_file():
+                rows = Newcomer(config, initial, new, others).run(part)
+                kept.write_text(json.dumps([{**vars(row), "hospital": new.name} for row in rows]))
+            every += json.loads(kept.read_text())
     entries = summary(every)
     for entry in entries:
         print(
@@ -371,6 +390,7 @@ def main() -> None:
             "rank": config.method.rank,
             "steps": arguments.steps,
             "shots": SHOTS,
+            "steps on the few": FEW_STEPS,
             "texts": TEXTS,
             "records for statistics": STATISTICS,
             "embedding epsilon": EPSILON,
