@@ -72,7 +72,7 @@ class FedASK(Aggregator):
             for pair, q in self._widths(initial)
         ]
         spec = spec.with_extras((*initial.spec.extras, *sketches))
-        empty = {sketch.name: np.zeros(sketch.shape, sketch.dtype) for sketch in sketches}
+        empty = {sketch.name: _nothing(sketch.shape, sketch.dtype) for sketch in sketches}
         return AdapterState(spec, {**initial, **empty})
 
     def _widths(self, state: AdapterState) -> list[tuple[LowRankPair, int]]:
@@ -95,33 +95,44 @@ class FedASK(Aggregator):
         self._first.add(update.state, update.weight)
 
     def second_pass(self) -> AdapterState:
-        means = self._first.result()
+        means = self._first.take()
         extras, bases = [], {}
         for pair in self._state.spec.pairs:
             mean = means[sketch_y(pair)]
             q, _ = np.linalg.qr(mean.astype(np.float64))
             bases[basis_q(pair)] = q.astype(mean.dtype)
-            bases[sketch_p(pair)] = np.zeros((self._state[pair.a].shape[1], q.shape[1]), mean.dtype)
+            bases[sketch_p(pair)] = _nothing((self._state[pair.a].shape[1], q.shape[1]), mean.dtype)
             extras += [
                 TensorSpec(basis_q(pair), q.shape, mean.dtype.name, "sketch", "linear", "freeze"),
                 TensorSpec(sketch_p(pair), bases[sketch_p(pair)].shape, mean.dtype.name, "sketch", "linear"),
             ]
         spec = self._state.spec.with_policy("freeze", lambda tensor: tensor.policy == "share").with_extras(extras)
         own = {tensor.name: self._state[tensor.name] for tensor in spec.tensors if tensor.parameter}
-        return AdapterState(spec, {**own, **bases})
+        asked = AdapterState(spec, {**own, **bases})
+        # Of the first pass nothing else is needed: Q, and the means of what is no sketch.
+        self._bases = {pair.a: asked[basis_q(pair)] for pair in self._state.spec.pairs}
+        sketches = {sketch_y(pair) for pair in self._state.spec.pairs}
+        self._others = means.only(name for name in means if name not in sketches)
+        self._first = RunningMean()
+        return asked
 
     def add_refined(self, update: Update) -> None:
         self._second.add(update.state, update.weight)
 
     def result(self) -> AdapterState:
-        means, projected = self._first.result(), self._second.result()
-        tensors = {**self._state, **means}
+        projected = self._second.take()
+        tensors = {**self._state, **self._others}
         for pair in self._state.spec.pairs:
-            q, _ = np.linalg.qr(means[sketch_y(pair)].astype(np.float64))
-            change = (q, projected[sketch_p(pair)].astype(np.float64).T)
+            change = (self._bases[pair.a], projected[sketch_p(pair)].T)
             tensors |= refactored(pair, change, self._state, evenly=True)
-            tensors[sketch_y(pair)] = np.zeros_like(self._state[sketch_y(pair)])
         return AdapterState(self._state.spec, tensors).require_finite()
+
+
+def _nothing(shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
+    """Zeros that take no memory: the place of a tensor that only sites fill."""
+    zero = np.zeros((), dtype)
+    zero.flags.writeable = False
+    return np.broadcast_to(zero, shape)
 
 
 class Sketching(LocalRule):

@@ -53,7 +53,7 @@ class FedSVD(Aggregator):
         self._mean.add(update.state, update.weight)
 
     def result(self) -> AdapterState:
-        mean = self._mean.result().filled_from(self._state).with_spec(self._state.spec)
+        mean = self._mean.take().filled_from(self._state).with_spec(self._state.spec)
         return _orthonormal(mean) if self.round % self.options.every == 0 else mean
 
 

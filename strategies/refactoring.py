@@ -217,7 +217,7 @@ class FlexLoRA(Refactoring):
     """U S V^T = SVD_r(sum p_k s_k B_k A_k), with p_k = w_k / sum w; then B = U S / s and A = V^T.
 
     Exact where the mean has rank r or less; else what is lost is the least that rank r must lose. Above a total rank of
-    about 20 r the mean is sketched (:class:`~fedgraft.strategies.sketching.ProductSum`), which loses about a sixth
+    about 40 r the mean is sketched (:class:`~fedgraft.strategies.sketching.ProductSum`), which loses about a fifth
     more. A site of rank r_k receives the best part of rank r_k. Sites of small rank pull the slices that only others
     have towards zero (raflora does not). Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under
     Heterogeneous Tasks and Client Resources", arXiv 2402.11505.

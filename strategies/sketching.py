@@ -11,7 +11,7 @@ import numpy as np
 from .lowrank import Factors, stacked
 
 #: Columns of a sketch for each rank that is wanted of the sum. With 5 the rest that a truncation to that rank leaves
-#: is about a sixth larger than the least possible.
+#: is about a fifth larger than the least possible.
 COLUMNS = 5
 _FEWEST = 16
 _SEED = 0x5EED
@@ -40,11 +40,11 @@ class TestMatrices:
 class ProductSum:
     """sum_k w_k b_k a_k over terms of shape (m, n) and any rank, as factors that are enough for its rank-``rank`` part.
 
-    As long as a stack of all terms is no larger than the sketch would be (a total rank of k + l, about 20 ``rank``), it
-    is kept, and nothing is lost. From then on a sketch is kept: Y = X Omega (m, k) and Z = Psi X (l, n), with Gaussian
-    Omega and Psi, k = ``columns`` * ``rank`` and l = 3 k + 1. Then X is about Q (Psi Q)^+ Z, with Q an orthonormal
-    basis of Y. That is exact where X has rank at most k; else its best rank-``rank`` part misses X by somewhat more
-    than the best of X does. Where a side of X is no longer than the stack may be, X itself is smaller, and exact.
+    As long as a stack of all terms (in float32) takes no more memory than the sketch would, up to a total rank of about
+    40 ``rank``, it is kept, and nothing is lost. From then on a sketch is kept: Y = X Omega (m, k) and Z = Psi X
+    (l, n), with Gaussian Omega and Psi, k = ``columns`` * ``rank`` and l = 3 k + 1. Then X is about Q (Psi Q)^+ Z, with
+    Q an orthonormal basis of Y. That is exact where X has rank at most k; else its best rank-``rank`` part misses X by
+    somewhat more than the best of X does. Where a side of X is no longer than k + l, X itself is smaller, and exact.
 
     Source: Tropp, Yurtsever, Udell and Cevher 2017, "Practical sketching algorithms for low-rank matrix approximation",
     arXiv 1609.00048, Algorithms 1, 4 and 7.
@@ -55,8 +55,8 @@ class ProductSum:
         self.width = max(_FEWEST, columns * rank)
         self.height = 3 * self.width + 1
         #: The total rank up to which terms are stacked.
-        self.cap = self.width + self.height
-        self._batch = max(_FEWEST, 8 * rank)
+        self.cap = 2 * (self.width + self.height)
+        self._batch = max(_FEWEST, 16 * rank)
         self._draw = draw
         self._terms: list[tuple[float, np.ndarray, np.ndarray]] = []
         self._stacked = 0
@@ -81,7 +81,7 @@ class ProductSum:
         b, a = stacked(self._terms)
         self._terms, self._stacked = [], 0
         m, n = self.shape
-        if min(m, n) <= self.cap:
+        if min(m, n) <= self.width + self.height:
             self._whole = b @ a if self._whole is None else self._whole + b @ a
             return
         if self._y is None or self._z is None:

@@ -59,7 +59,7 @@ def test_a_sum_of_low_rank_survives_the_sketch() -> None:
 def test_the_mean_squared_error_of_the_sketch_is_within_the_theorem() -> None:
     """Tropp et al. 2017: E |X - X'|^2 <= (1 + k / (l - k - 1)) min_p (1 + p / (k - p - 1)) tau_{p+1}^2."""
     m, n, r = 240, 230, 2
-    terms = _terms(60, m, n, r, common=2.0)
+    terms = _terms(80, m, n, r, common=2.0)
     want = _dense(terms)
     values = np.linalg.svd(want, compute_uv=False)
     errors = []
@@ -83,14 +83,18 @@ def test_the_truncation_of_a_sketch_loses_little_more_than_the_best_one(common: 
     want = _dense(terms)
     values = np.linalg.svd(want, compute_uv=False)
     best = float(np.sqrt((values[r:] ** 2).sum()))
-    u, s, vt = svd(*_filled(terms, m, n, r).factors(), r)
-    got = float(np.linalg.norm((u * s) @ vt - want))
-    assert best <= got <= 1.3 * best
+    errors = []
+    for key in range(5):
+        total = _filled(terms, m, n, r, key)
+        assert not total.exact
+        u, s, vt = svd(*total.factors(), r)
+        errors.append(float(np.linalg.norm((u * s) @ vt - want)))
+    assert best <= min(errors) and np.mean(errors) <= 1.25 * best and max(errors) <= 1.4 * best
 
 
 def test_order_and_division_of_the_terms_do_not_matter() -> None:
     m, n, r = 200, 190, 2
-    terms = _terms(80, m, n, r)
+    terms = _terms(90, m, n, r)
     b, a = _filled(terms, m, n, r).factors()
     halves = [(w / 2, left, right) for w, left, right in terms for _ in range(2)]
     for other in (terms[::-1], halves):
@@ -108,7 +112,7 @@ def test_a_short_side_is_kept_whole_and_exact() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_terms() -> None:
-    m, n, r = 600, 500, 2
+    m, n, r = 1500, 1400, 2
 
     def peak(count: int) -> int:
         random = np.random.default_rng(1)
@@ -121,9 +125,9 @@ def test_memory_does_not_grow_with_the_number_of_terms() -> None:
         tracemalloc.stop()
         return most
 
-    few, many = peak(40), peak(400)
+    few, many = peak(80), peak(400)
     assert many < 1.1 * few
-    assert many < m * n * 8
+    assert many < m * n * 8 / 2
 
 
 def test_everybody_draws_the_same_matrices_from_the_key() -> None:
