@@ -230,3 +230,44 @@ def test_robust_rules_declare_that_they_look_at_single_updates() -> None:
         assert made.capabilities.needs_individual and not made.capabilities.linear_sum and not made.capabilities.exact
         assert type(made).capabilities.needs_individual and not type(made).capabilities.linear_sum
         assert made.name == rule and made.summary and made.equation and made.source
+
+
+def test_sites_of_mixed_ranks_are_judged_and_then_aggregated(bench: Any, specs: Callable[..., AdapterSpec]) -> None:
+    """Krum in front of FlexLoRA: what is left is what FlexLoRA makes of the sites that dense distances choose."""
+    whole = specs(rank=4, scaling=1.5)
+    start = bench.state(99, spec=whole)
+    ranks = {f"site-{k:02d}": (4, 2, 1)[k % 3] for k in range(7)}
+    krum = create_aggregator("multi-krum", {"attackers": 2, "keep": 3, "then": "flexlora"})
+    flexlora = create_aggregator("flexlora")
+    assert krum.capabilities.heterogeneous_ranks and krum.capabilities.resets_state
+    updates, dense = [], []
+    for rule in (krum, flexlora):
+        rule.ranks = ranks
+        prepared = rule.prepare(start)
+        rule.start_round(prepared)
+    for k, site in enumerate(ranks):
+        received = krum.for_site(prepared, site)
+        change = bench.state(k, 0.1, received.spec)
+        state = received + (50.0 if k in (1, 4) else 1.0) * change
+        updates.append(Update(site, state, float(k + 1)))
+        dense.append(bench.dense(state) - bench.dense(received))
+    best = sorted(np.argsort(_scores(dense, 2))[:3])
+    assert not {1, 4} & set(best)
+    for update in updates:
+        krum.add(update)
+    for k in best:
+        flexlora.add(Update(updates[k].site, updates[k].state, 1.0))
+    bench.close(krum.result(), flexlora.result(), rtol=1e-11)
+
+
+def test_what_the_strategy_behind_remembers_survives_a_restart(bench: Any) -> None:
+    sent = bench.sent(7)
+    one, two = (create_aggregator("krum", {"then": "norm-bound", "then_options": {"past": 2}}) for _ in range(2))
+    bench.aggregate(one, sent)
+    two.recall(one.memory())
+    assert one.memory() and two.inner.bound == one.inner.bound != 10.0  # type: ignore[attr-defined]
+
+
+def test_a_strategy_that_asks_sites_twice_cannot_follow() -> None:
+    with pytest.raises(UserError, match="strategy `krum` chooses among the answers of one pass, and `fedask` asks"):
+        create_aggregator("krum", {"then": "fedask"})
