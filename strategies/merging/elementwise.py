@@ -19,7 +19,7 @@ from .mixing import assembled, started
 HELD = 2**20
 _OVERSAMPLING = 10
 _PASSES = 30
-_SETTLED = 1e-9
+_SETTLED = 1e-7
 #: Bits of a magnitude that one pass of the selection looks at.
 _DIGIT = 16
 
