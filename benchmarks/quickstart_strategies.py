@@ -1,12 +1,12 @@
 """The quickstart (MiniLM, ICD-10, four hospitals, epsilon 8 for each patient) under several strategies.
 
-    python benchmarks/quickstart_strategies.py                     all; goes on where it was stopped; an hour on one core
+    python benchmarks/quickstart_strategies.py                    all, in an hour on one core; goes on where it stopped
     python benchmarks/quickstart_strategies.py --only fedit,ffa    these alone
     python benchmarks/quickstart_strategies.py --table             prints and draws what is there
 
-Learning rates were not searched: all take the scenario's, which was found for fedit under privacy. flexlora takes a third
-of it: its A has rows of length 1, ours begin at 1/sqrt(3), and a step of B moves dW by |A| squared. Noise comes from the
-operating system, so a repetition differs. Held-out phrases are counted exactly, which a simulation may.
+Learning rates were not searched: all take the scenario's, which was found for fedit under privacy. flexlora takes a
+third of it: its A has rows of length 1, ours begin at 1/sqrt(3), and a step of B moves dW by |A| squared. Noise comes
+from the operating system, so a repetition differs. Held-out phrases are counted exactly, which a simulation may.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from .. import __version__
+from ..core.adapter import AdapterState
 from ..core.basemodel import BaseModel
 from ..core.config import RunConfig
 from ..core.errors import UserError, one_line
@@ -118,12 +119,21 @@ class Federation:
         fresh = self.adapter.load_peft(self.config.start_from) if self.config.start_from else self.adapter.read()
         self._rule.principal = partial(principal_factors, self.adapter)
         self.checkpoint = Checkpoint(0, self._rule.prepare(fresh))
+        self._require_uploads(self.checkpoint.state)
         self._past_seconds = 0.0
         run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}
         checkpoints.save(
             self.rundir.checkpoints, self.checkpoint, self.config.digest(), self.config.server.keep_checkpoints
         )
         return run
+
+    def _require_uploads(self, state: AdapterState) -> None:
+        """Raise :class:`UserError` where a lossy upload could not carry what the sites are to send."""
+        form = self.config.server.upload
+        spec = self._rule.for_site(state, self.config.site_names[0]).spec
+        odd = [name for name in spec.select("share") if spec.by_name[name].dtype != "float32"]
+        if form != "plain" and odd:
+            raise UserError(f'server.upload "{form}" is for float32 tensors, which {odd[0]} is not; set it to "plain"')
 
     def _resumed(self) -> dict[str, Any]:
         before, begun = self.rundir.read_run(), self.rundir.config()
@@ -320,9 +330,10 @@ class Federation:
         if not enough:
             answered = len(self.strategy.phase.metrics.keys() - missing.keys())
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
+            asked = len(self.config.site_names) - len(self.strategy.phase.resting)
             raise UserError(
-                f"round {number}: {answered} of {len(self.config.site_names)} sites answered, the quorum is "
-                f"{self.config.quorum} ({why}); --resume {self.rundir.path} goes on from round {number}"
+                f"round {number}: {answered} of {asked} sites answered, the quorum is "
+                f"{min(self.config.quorum, asked)} ({why}); --resume {self.rundir.path} goes on from round {number}"
             )
 
     def _evaluate(self, number: int) -> None:

@@ -7,7 +7,7 @@ import math
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from .aggregator import Aggregator, Capabilities, create_aggregator
-from .optimisers import ServerOptimiser
+from .optimisers import ServerOptimiser, why_not
 from .policies import TensorPolicies
 
 
@@ -62,13 +62,11 @@ def refusal(config: RunConfig, can: Capabilities) -> str | None:
                 f"site {site} has rank {rank}, the run has method.rank {config.method.rank}, and strategy `{name}` "
                 "cannot mix ranks; give all sites one rank, or choose one that can (flexlora, raflora, flora)"
             )
-    if can.resets_state and server.optimizer != "avg":
+    if reason := why_not(server.optimizer, can, server.lr):
         return (
-            f"strategy `{name}` makes new factors of the adapter each round, in which the moments of server.optimizer "
-            f'"{server.optimizer}" would mean nothing; set server.optimizer = "avg"'
+            f'server.optimizer "{server.optimizer}" (server.lr {server.lr:g}) cannot stand around strategy `{name}`: '
+            f'{reason}; set server.optimizer = "avg" and server.lr = 1'
         )
-    if can.touches_base and (server.optimizer != "avg" or server.lr != 1):
-        return f"strategy `{name}` changes the base weights too, which server.optimizer and server.lr cannot weigh"
     if can.two_passes and config.central.enabled:
         return f"strategy `{name}` asks each site twice a round, and central privacy answers for one release only"
     if can.two_passes and server.upload != "plain":
