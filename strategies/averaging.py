@@ -9,6 +9,9 @@ from ..core.errors import UserError
 from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, strategy
 
+#: Numbers that are widened at once: few enough to stay in the processor's cache.
+_BLOCK = 1 << 15
+
 
 class RunningMean:
     """A weighted mean of adapter states that holds one running sum, in float64, whatever the number of sites.
@@ -34,10 +37,12 @@ class RunningMean:
             self._sum = {name: np.zeros(array.shape) for name, array in state.items()}
         self._require_alike(state, self._spec)
         for name, array in state.items():
-            # numpy multiplies a float32 array by a float scalar in float32: widen first.
-            wide = array.astype(np.float64)
-            wide *= weight
-            self._sum[name] += wide
+            flat, total = array.reshape(-1), self._sum[name].reshape(-1)
+            for start in range(0, array.size, _BLOCK):
+                # numpy multiplies a float32 array by a float scalar in float32: widen first.
+                wide = flat[start : start + _BLOCK].astype(np.float64)
+                wide *= weight
+                total[start : start + _BLOCK] += wide
         self.weight += weight
 
     def result(self) -> AdapterState:
@@ -54,8 +59,12 @@ class RunningMean:
             raise UserError("no update arrived: there is nothing to average")
         names, tensors = tuple(self._sum), {}
         for name in names:
-            total = self._sum[name] if keep else self._sum.pop(name)
-            mean = np.asarray(total / self.weight).astype(self._spec.by_name[name].dtype)
+            if keep:
+                total = self._sum[name] / self.weight
+            else:
+                total = self._sum.pop(name)
+                total /= self.weight
+            mean = np.asarray(total).astype(self._spec.by_name[name].dtype)
             mean.flags.writeable = False  # or the state would copy it
             tensors[name] = mean
         return AdapterState(self._spec, tensors, names=names).require_finite()
