@@ -56,7 +56,7 @@ class NormBound(Robust):
     server does nothing but add up: of the rules against lies the only one that works under a secure sum. A sum shows
     neither a site that does not cut nor the weight that it takes, so there the rule bounds sites whose data are bad;
     liars it would bound with proofs of the length, which are not part of this. Source: Sun et al. 2019, "Can You
-    Really Backdoor Federated Learning?", arXiv 1911.07963, section 4.
+    Really Backdoor Federated Learning?", arXiv 1911.07963.
     """
 
     summary = "each change cut to length C, then summed"
@@ -123,12 +123,12 @@ class NormBound(Robust):
 
     def _cut(self, received: AdapterState, sent: AdapterState) -> AdapterState:
         """``sent``, no farther from ``received`` than the bound."""
+        length = self._length(received, sent)
+        if length <= self.bound:
+            return sent
         if self.options.measure == "dW":
-            part = Path.between(received, sent).reach(self.bound)
-        else:
-            length = self._length(received, sent)
-            part = self.bound / length if length > self.bound else 1.0
-        return moved(received, sent, min(1.0, part))
+            return moved(received, sent, Path.between(received, sent).reach(self.bound))
+        return moved(received, sent, self.bound / length)
 
     def own_memory(self) -> Mapping[str, AdapterState]:
         return {_MEMORY: AdapterState(_memory_spec(len(self.medians)), {"medians": np.array(self.medians)})}
@@ -136,7 +136,7 @@ class NormBound(Robust):
     def own_recall(self, memory: Mapping[str, AdapterState]) -> None:
         own = memory.get(_MEMORY)
         if own is not None:
-            if own.spec != _memory_spec(own["medians"].size):
+            if tuple(own) != ("medians",) or own.spec != _memory_spec(own["medians"].size):
                 raise UserError("the checkpoint's memory of norm-bound is not one that this version wrote")
             self.medians = own["medians"].tolist()
 
