@@ -172,7 +172,7 @@ class Ravan(Aggregator):
         self._mean.add(update.state, update.weight)
 
     def result(self) -> AdapterState:
-        mean = self._mean.result()
+        mean = self._mean.take()
         tensors = {name: array for name, array in mean.items() if name in self._state}
         for heads in _heads(self._state.spec) if self.picks else ():
             if heads not in mean:

@@ -53,7 +53,7 @@ class DEeR(Aggregator):
         self._mean.add(update.state, update.weight)
 
     def result(self) -> AdapterState:
-        mean = AdapterState(self._state.spec, {**self._state, **self._mean.result()})
+        mean = AdapterState(self._state.spec, {**self._state, **self._mean.take()})
         return regauged(mean, self.round + 1).require_finite()
 
 

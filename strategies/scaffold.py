@@ -134,7 +134,7 @@ class Scaffold(Aggregator):
         self._answered += 1 if update.site in self.ranks or not self.ranks else len(self.ranks)
 
     def result(self) -> AdapterState:
-        mean = self._mean.result()
+        mean = self._mean.take()
         share = min(1.0, self._answered / len(self.ranks)) if self.ranks else 1.0
         names = _steered(mean.spec)
         for name in names:
