@@ -21,6 +21,7 @@ from .client.merge_commands import merge
 from .client.policy_commands import app as policy
 from .core.errors import UserError
 from .privacy.commands import app as privacy
+from .server.strategy_commands import app as strategies
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(privacy, name="privacy")
 app.add_typer(policy, name="policy")
+app.add_typer(strategies, name="strategies")
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -175,27 +177,6 @@ def report(folder: Annotated[Path, typer.Argument(help="A run directory.")]) -> 
 
 
 @app.command()
-def strategies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the aggregation strategies."""
-    from dataclasses import asdict
-
-    from .strategies import strategies as known
-
-    rows = [
-        {"name": name, "summary": cls.summary, "source": cls.source, "capabilities": asdict(cls.capabilities)}
-        for name, cls in known().items()
-    ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table("name", "rule", "exact", "secure sum", "source")
-    for row in rows:
-        can: dict[str, bool] = row["capabilities"]  # type: ignore[assignment]
-        table.add_row(row["name"], row["summary"], _yes(can["exact"]), _yes(can["linear_sum"]), row["source"])  # type: ignore[arg-type]
-    Console().print(table)
-
-
-@app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the PEFT methods, and which train with differential privacy."""
     from .methods import methods as known
@@ -230,7 +211,3 @@ app.command("merge")(merge)
 app.command("embed")(embed)
 app.command("route")(route)
 app.command("attack")(attack)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -22,7 +22,8 @@ from ..strategies.contract.bench import Bench, fresh
 from ..strategies.one_shot import OneShot
 
 BERT_BASE = "bert-base, from its configuration"
-_ROUNDS, _SITES = 3, 4
+_ROUNDS = 3
+SITES = 4
 _TASKS = ("sequence-classification", "image-classification")
 
 
@@ -76,21 +77,21 @@ def adapter_of(model: str, method: str, rank: int, labels: int = 2) -> tuple[Ada
     return attach(base, wanted, task, seed=0).spec, size
 
 
-def traffic(make: Callable[[], Aggregator], spec: AdapterSpec, model: int) -> Traffic:
+def traffic(make: Callable[[], Aggregator], spec: AdapterSpec, model: int, sites: int = SITES) -> Traffic:
     """Run a strategy on a toy federation of adapters like ``spec``. Raises :class:`UserError` where it refuses."""
     if not isinstance(make(), OneShot):
-        up, down = _counted(make, spec)
+        up, down = _counted(make, spec, sites)
     else:
         # Merging rules work on dense dW, pair by pair: of each shape two pairs are run, and tell what one more adds.
         groups: dict[tuple[int, ...], list[LowRankPair]] = {}
         for pair in spec.pairs:
             groups.setdefault((*spec.by_name[pair.a].shape, *spec.by_name[pair.b].shape), []).append(pair)
         firsts = [group[0] for group in groups.values()]
-        once = np.array(_counted(make, _thinned(spec, firsts)))
+        once = np.array(_counted(make, _thinned(spec, firsts), sites))
         total = once.copy()
         for group in groups.values():
             if len(group) > 1:
-                twice = np.array(_counted(make, _thinned(spec, [*firsts, group[1]])))
+                twice = np.array(_counted(make, _thinned(spec, [*firsts, group[1]]), sites))
                 total += (len(group) - 1) * (twice - once)
         up, down = total.tolist()
     return Traffic(tuple(up), tuple(down), spec.parameters, model)
@@ -103,10 +104,9 @@ def _thinned(spec: AdapterSpec, pairs: Collection[LowRankPair]) -> AdapterSpec:
     return replace(spec, tensors=tuple(t for t in spec.tensors if t.name not in gone), pairs=kept)
 
 
-def _counted(make: Callable[[], Aggregator], spec: AdapterSpec) -> tuple[list[int], list[int]]:
+def _counted(make: Callable[[], Aggregator], spec: AdapterSpec, sites: int) -> tuple[list[int], list[int]]:
     """Bytes up and down of the first site, for each round."""
-    count = max(_SITES, getattr(make(), "contract_sites", 0))
-    bench = Bench(make, fresh(spec), {f"site-{number:02d}": 1.0 for number in range(count)})
+    bench = Bench(make, fresh(spec), {f"site-{number:02d}": 1.0 for number in range(sites)})
     site = "site-00"
     up, down = [], []
     held: dict[str, bytes] = {}

@@ -24,7 +24,8 @@ _CLUSTER, _CHOICES = "cluster-", "choices"
 class IFCAOptions(Options):
     """``clusters``: how many; ``dealt``: first rounds in which sites are dealt to them and do not choose.
 
-    ``spread``: noise on the clusters that they begin with, as a share of the adapter's size, drawn from ``seed``.
+    ``spread``: noise on the clusters that they begin with, as a share of the adapter's size; ``seed``:
+    what it is drawn from.
     """
 
     clusters: int = Field(2, ge=1, le=64)

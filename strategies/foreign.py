@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -190,12 +191,18 @@ class Foreign(Aggregator):
 
     def _safely(self, what: str, call: Callable[[], Any]) -> Any:
         """Foreign code may fail in any way: whatever it raises is one line that names it."""
+        log = logging.getLogger("flwr")
+        level = log.level
         try:
+            # What Flower tells of every round, fedgraft tells in its own way.
+            log.setLevel(logging.ERROR)
             return call()
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"strategy `{self.name}` {what}: {one_line(error)}") from None
+        finally:
+            log.setLevel(level)
 
 
 class _Roll(Grid):

@@ -137,7 +137,8 @@ class Bench:
         self.rule.round = self.number
         self.rule.start_round(self.state)
         sites = sorted(self.weights)
-        self.asked = [site for site in sites if site in set(self.rule.asked(sites))]
+        picked = set(self.rule.asked(sites))
+        self.asked = [site for site in sites if site in picked]
         if not self.asked:
             raise BrokenContractError(f"asked() leaves no site to train in round {self.number}")
 
@@ -206,7 +207,9 @@ class Bench:
     def _target(self, site: str, tensor: TensorSpec) -> np.ndarray:
         # In the shape of the whole, so that a site of a lower rank wants a part of what it would want at full rank.
         whole = self.state.spec.by_name.get(tensor.name, tensor).shape
-        target = drawn(whole, "target", "" if self.alike else site, tensor.name)
+        who = "" if self.alike else site
+        # Another in every round, so that what a rule adds up over rounds does not stay in the space of the first.
+        target = drawn(whole, "target", who, tensor.name) + 0.5 * drawn(whole, str(self.number), who, tensor.name)
         return target[tuple(slice(n) for n in tensor.shape)]
 
     def _trained(self, site: str, start: AdapterState, rule: LocalRule | None) -> AdapterState:

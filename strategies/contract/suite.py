@@ -21,7 +21,7 @@ from ...core.update import Update
 from ..aggregator import Aggregator, find_strategy
 from .bench import FROZEN, OWN, Bench, BrokenContractError, fresh, guarded, precise, toy_spec
 
-#: Rounding of float32, which some tensors (a base offset) have whatever the others' type.
+#: The rounding of float32. Most checks run in float64, where a right rule is far below it.
 TOLERANCE = 1e-6
 ROUNDS = 3
 _RECORDS = (30, 10, 25, 5, 17, 40, 8, 21, 12, 33)

@@ -71,7 +71,8 @@ class Forgetful(Broken):
             if offset_a(pair) in self.start:
                 a = np.concatenate([self.start[offset_a(pair)], a])
                 b = np.concatenate([self.start[offset_b(pair)], b], axis=1)
-            offsets |= {offset_a(pair): a.astype(np.float32), offset_b(pair): b.astype(np.float32)}
+            kind = mean.spec.with_offset({pair.a: 1}).by_name[offset_a(pair)].dtype
+            offsets |= {offset_a(pair): a.astype(kind), offset_b(pair): b.astype(kind)}
             tensors[pair.b] = np.zeros_like(mean[pair.b])
         spec = mean.spec.with_offset({pair.a: len(offsets[offset_a(pair)]) for pair in mean.spec.pairs})
         return AdapterState(spec, {**tensors, **offsets})
