@@ -70,7 +70,7 @@ def merge(
     _require_one_base(read, force)
     _require_one_label_set(read, heads)
     job = _Job(read, _weights(weights, read), chosen, heads, rank, seed)
-    merged = job.merge(_Records.of(data, config, model, labels, read) if data else None)
+    merged = job.merge(_Records.of(data, config, model, labels, read, chosen) if data else None)
     place = write_folder(output, merged.state, next(iter(read.values())), heads != "none")
     result = _result(rule, chosen, read, merged, place, time.perf_counter() - started)
     (place / RECORD).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +104,12 @@ def _list(as_json: bool) -> None:
     table = Table("rule", "what it does", "needs", "options")
     for row in rows:
         options = ", ".join(f"{key}={given['default']}" for key, given in row["options"].items())
-        table.add_row(row["name"], row["summary"], ", ".join(row["needs"]) or "nothing", escape(options))
+        table.add_row(
+            row["name"],
+            escape(f"{row['summary']}\n{row['equation']}"),
+            ", ".join(row["needs"]) or "nothing",
+            escape(options),
+        )
     Console().print(table)
 
 
@@ -208,7 +213,7 @@ class _Job:
         heads: Any = "first" if self.heads == "first" else "mean"
         context = Context(common_spec(adapters, self.rank, heads), seed=self.seed, heads=heads)
         if records is not None:
-            context = records.context(context, adapters, self.rule)
+            context = records.context(context, adapters)
         elif self.rule.needs.score or self.rule.needs.loss or self.rule.needs.labels or self.rule.needs.embeddings:
             raise UserError(f"rule `{self.rule.name}` needs a few records of your own: give --data FILE")
         elif self.rule.needs.grams or self.rule.needs.fisher:
@@ -226,20 +231,25 @@ def _headless(state: AdapterState) -> AdapterState:
 class _Records:
     """The merging side's own records, and the base model that they are shown to."""
 
-    def __init__(self, config: RunConfig, path: Path, read: Mapping[str, PeftFolder]) -> None:
+    def __init__(self, config: RunConfig, path: Path, read: Mapping[str, PeftFolder], rule: Merger) -> None:
+        from ..core.records import read_table
         from .composing.scoring import Scorer, encode, resident_for
-        from .data import read_records
-
-        self.config, self._read = config, read
-        self._records = read_records(path, config)
-        self.scorer = Scorer(config, self._records)
-        self._resident_for, self._encode = resident_for, encode
+        from .data import Records
         from .resident import resident
 
+        self.config, self._read, self._needs = config, read, rule.needs
+        # Where nothing but texts or inputs is looked at, nobody need have labelled them.
+        labelled = not (rule.needs.embeddings or rule.needs.grams)
+        table = read_table(path, config, trains=False, labels=labelled)
+        self._records = Records(table.inputs, table.labels, table.patients)
+        self.scorer = Scorer(config, self._records) if labelled else None
+        self._resident_for, self._encode = resident_for, encode
         self._order = {name: i for i, name in enumerate(resident(config).adapter.spec.names)}
 
     @classmethod
-    def of(cls, data: Path, config: Path | None, model: str, labels: str, read: Mapping[str, PeftFolder]) -> _Records:
+    def of(
+        cls, data: Path, config: Path | None, model: str, labels: str, read: Mapping[str, PeftFolder], rule: Merger
+    ) -> _Records:
         """Read the records as the configuration says, or the run that an adapter came of, or --model and --labels."""
         from ..core.config import PrivacyConfig, RunConfig, load_config
 
@@ -268,7 +278,7 @@ class _Records:
             task = task.model_copy(update={"labels": first.labels})
         # Nothing that records of the merging side's own are asked leaves it but with the merged adapter.
         changes = {"privacy": PrivacyConfig(enabled=False), "task": task, **({"model": model} if model else {})}
-        return cls(found.model_copy(update=changes), data, read)
+        return cls(found.model_copy(update=changes), data, read, rule)
 
     def ordered(self, state: AdapterState) -> AdapterState:
         """The same tensors in the order of the model's parameters."""
@@ -279,15 +289,15 @@ class _Records:
         spec = replace(state.spec, tensors=tuple(tensors), pairs=tuple(pairs))
         return AdapterState(spec, {name: state[name] for name in spec.names})
 
-    def context(self, context: Context, adapters: Sequence[Adapter], rule: Merger) -> Context:
-        needs = rule.needs
-        scorer = self.scorer
-        found = replace(context, score=scorer.accuracy, loss=scorer.loss, labels=scorer.labels)
+    def context(self, context: Context, adapters: Sequence[Adapter]) -> Context:
+        needs, scorer = self._needs, self.scorer
+        if scorer is not None:
+            context = replace(context, score=scorer.accuracy, loss=scorer.loss, labels=scorer.labels)
         if needs.embeddings:
-            found = self._embedded(found)
+            context = self._embedded(context)
         if needs.fisher or needs.grams:
-            found = self._measured(found, adapters, needs.fisher)
-        return found
+            context = self._measured(context, adapters, needs.fisher)
+        return context
 
     def _embedded(self, context: Context) -> Context:
         """The embeddings that the adapters came with, and those of the records."""

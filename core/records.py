@@ -29,11 +29,12 @@ class Table:
     patients: Sequence[object] | None = None
 
 
-def read_table(path: str | Path, config: RunConfig, *, trains: bool = True) -> Table:
+def read_table(path: str | Path, config: RunConfig, *, trains: bool = True, labels: bool = True) -> Table:
     """Read a CSV, JSONL or Parquet table, or an image folder (one subfolder a label).
 
-    ``trains``: whether the records are those of a site, which must name patients where these are the privacy unit.
-    Raises :class:`PrivateError` that names the file and the column, label or line.
+    ``trains``: whether the records are those of a site, which must name patients where these are the privacy unit;
+    ``labels``: whether the task's labels are read (a folder's always are). Raises :class:`PrivateError` that names the
+    file and the column, label or line.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,9 +49,9 @@ def read_table(path: str | Path, config: RunConfig, *, trains: bool = True) -> T
     inputs = _column(rows, column, path, f"data.{task.input_kind}_column")
     if task.input_kind == "image":
         inputs = [path.parent / str(name) for name in inputs]
-    labels = None
-    if task.labelled:
-        labels = label_indices(
+    indices = None
+    if task.labelled and labels:
+        indices = label_indices(
             _column(rows, data.label_column, path, "data.label_column"), config.task.labels, str(path)
         )
     patients = None
@@ -62,7 +63,7 @@ def read_table(path: str | Path, config: RunConfig, *, trains: bool = True) -> T
             f"{path}: no column `{data.patient_column}` (columns: {', '.join(map(str, rows[0]))}); the privacy unit is "
             'the patient, so set data.patient_column, or privacy.unit = "record"'
         )
-    return Table(inputs, labels, patients)
+    return Table(inputs, indices, patients)
 
 
 def label_indices(labels: Sequence[Any], known: Sequence[str], where: str) -> np.ndarray:

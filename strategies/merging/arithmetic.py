@@ -9,7 +9,7 @@ from pydantic import Field
 from ...core.adapter import AdapterState
 from ..aggregator import Options
 from .merger import Adapter, Context, Merged, Merger, merger
-from .mixing import alone, require_products, shares, weighted
+from .mixing import alone, released, require_products, shares, weighted
 
 #: What the authors of TIES (arXiv 2306.01708, section 4) take where there is nothing to choose it by.
 WITHOUT_VALIDATION = 0.4
@@ -47,7 +47,10 @@ class TaskArithmetic(Merger):
         if scale is None and context.score is not None:
             tried = {value: context.score(_scaled(adapters, p, value, context)[0]) for value in GRID}
             scale = max(tried, key=lambda value: (tried[value], -value))
-            notes = (f"lambda = {scale:g}, the best of {GRID[0]:g} to {GRID[-1]:g} by the score ({tried[scale]:.4f})",)
+            notes = (
+                f"lambda = {scale:g}, the best of {GRID[0]:g} to {GRID[-1]:g} by the score ({tried[scale]:.4f})",
+                released(f"the {context.labels} labelled records"),
+            )
         elif scale is None:
             scale = WITHOUT_VALIDATION
             notes = (f"lambda = {scale:g}, for want of records to choose it by",)

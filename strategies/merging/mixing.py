@@ -231,6 +231,14 @@ def alone(adapter: Adapter, context: Context) -> Merged:
     return Merged(state, {adapter.name: 1.0}, {adapter.name: "the only adapter"}, lost)
 
 
+def released(records: str) -> str:
+    """What a person should know who has ``records`` of their own decide about a merge."""
+    return (
+        f"what comes out depends on {records}: unless these are public, the merged adapter is a new release about "
+        "them, which no privacy budget has paid for"
+    )
+
+
 def require_products(rule: str, spec: AdapterSpec) -> None:
     """Raise :class:`UserError` unless the adapters have low-rank pairs for ``rule`` to work on."""
     if not spec.pairs:

@@ -12,7 +12,7 @@ from ...core.adapter import AdapterState
 from ...core.errors import UserError
 from ..aggregator import Options
 from .merger import Adapter, Context, Merged, Merger, Needs, merger
-from .mixing import alone, lifted, mean_rest, shares, weighted, written
+from .mixing import alone, lifted, mean_rest, released, shares, weighted, written
 
 
 class SoupOptions(Options):
@@ -104,5 +104,5 @@ class GreedySoup(Merger):
             {adapter.name: p.get(adapter.name, 0.0) for adapter in adapters},
             {adapter.name: reasons[adapter.name] for adapter in adapters},
             lost,
-            (f"score {best:.4f}",),
+            (f"score {best:.4f}", released(f"the {context.labels} labelled records")),
         )

@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from ..aggregator import Options
 from ..lowrank import stacked
 from .merger import Adapter, Context, Merged, Merger, Needs, merger
-from .mixing import alone, assembled, mean_rest, product, require_products, rest_names, shares, written
+from .mixing import alone, assembled, mean_rest, product, released, require_products, rest_names, shares, written
 
 
 class FisherOptions(Options):
@@ -68,6 +68,7 @@ class FisherMerging(Merger):
             written(spec, tensors),
             {name: value / whole for name, value in mass.items()},
             {name: f"its share of all Fisher information, by weight {p[name]:.3f}" for name in p},
+            notes=(released("the records that the information is of"),),
         )
 
 
@@ -144,7 +145,13 @@ class RegMean(Merger):
             products[pair.a] = stacked(terms) if terms else (np.zeros((m, 0)), np.zeros((0, n)))
         state, lost = assembled(context.spec, products, mean_rest(adapters, p, context))
         weights = {name: value / len(context.spec.pairs) for name, value in seen.items()}
-        return Merged(state, weights, dict.fromkeys(p, "its share of the inputs' energy, mean over the layers"), lost)
+        return Merged(
+            state,
+            weights,
+            dict.fromkeys(p, "its share of the inputs' energy, mean over the layers"),
+            lost,
+            (released("the records that the Gram matrices are of"),),
+        )
 
     def _gram(self, adapter: Adapter, name: str, n: int, context: Context) -> np.ndarray:
         held = context.grams.get(adapter.name, {}).get(name)

@@ -234,6 +234,7 @@ def test_a_greedy_soup_takes_what_helps_on_ones_own_records(
     assert sum(row["weight"] for row in result["adapters"]) == pytest.approx(1.0)
     assert any("best alone" in row["reason"] for row in result["adapters"])
     assert result["notes"][0].startswith("score ")
+    assert "a new release about them" in result["notes"][1]
 
 
 def test_task_arithmetic_chooses_lambda_on_ones_own_records(
@@ -269,6 +270,14 @@ def test_adapters_are_picked_by_the_embeddings_that_they_came_with(
     said = merge("adaptersoup", *places, "--data", few, "--output", "out", "--option", "threshold=-1", "--json")
     cosines = [float(row["reason"].rsplit(" ", 1)[-1]) for row in said.object["adapters"]]
     assert cosines[0] == pytest.approx(-cosines[1], abs=1e-3)
+    assert Path("out", WEIGHTS).is_file()
+    with Path("texts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], ["fever pain"], ["burn injury"]])
+    said = merge(
+        "adaptersoup", *places, "--data", "texts.csv", "--output", "bare", "--option", "threshold=-1", "--json"
+    )
+    assert len(said.object["adapters"]) == 2  # nobody need have labelled the texts
+    assert "no column `label`" in merge("greedy", *places, "--data", "texts.csv", "--output", "no").line
     (places[1] / "adapter" / "embedding.json").unlink()
     assert "comes without an embedding" in merge("adaptersoup", *places, "--data", few, "--output", "no").line
 
