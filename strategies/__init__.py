@@ -1,5 +1,6 @@
 """How updates become the next global adapter: pure rules over adapter states, and the Flower strategy hosting them."""
 
+from ..core.adapter import AdapterState
 from . import (
     aligning,
     alternating,
@@ -29,13 +30,17 @@ from . import (
     utility,
 )
 from .aggregator import Aggregator, Capabilities, Options, create_aggregator, strategies, strategy
+from .averaging import FedIT, RunningMean
 from .local import LocalRule, Training
 
 __all__ = [
+    "AdapterState",
     "Aggregator",
     "Capabilities",
+    "FedIT",
     "LocalRule",
     "Options",
+    "RunningMean",
     "Training",
     "aligning",
     "alternating",
