@@ -12,7 +12,8 @@ import fedgraft
 from fedgraft.client.policy import TEMPLATE
 from fedgraft.core.config import RunConfig, known_keys
 from fedgraft.simulations.scenario import load_scenario, named, site_data
-from fedgraft.strategies import aggregator
+from fedgraft.strategies import strategies
+from fedgraft.strategies.merging import mergers
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,14 +28,13 @@ def test_the_page_of_the_configuration_is_what_the_code_says():
     assert all(f"| `{key}` |" in page for key in known_keys())
 
 
-def test_the_strategy_of_the_tutorial_runs(tiny_federation, tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregator, "_STRATEGIES", dict(aggregator._STRATEGIES))
-    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
-    exec(compile(code, "docs/strategies.md", "exec"), {"__name__": "tutorial"})
-    run = tiny_federation.run(tiny_federation.config(strategy="smallest-step", rounds=1), tmp_path / "run")
-    assert run["status"] == "finished" and run["strategy"]["name"] == "smallest-step"
+def test_every_strategy_and_merging_rule_has_its_place_in_the_documentation():
+    built_in = [name for name, cls in strategies().items() if cls.__module__.startswith("fedgraft.")]
+    for page, names in (("strategies.md", built_in), ("merging.md", list(mergers()))):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert [name for name in names if f"`{name}`" not in text] == []
+        if page == "strategies.md":
+            assert f" {len(built_in)} rules by name" in text
 
 
 @pytest.mark.parametrize("name", [*named(), str(ROOT / "examples" / "own-data" / "run.toml")])
