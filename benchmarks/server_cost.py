@@ -221,6 +221,20 @@ def child(name: str, sites: int, what: str) -> dict[str, Any]:
     return answer
 
 
+def write(lines: dict[str, Any]) -> None:
+    about = {
+        "sites": 1000,
+        "parameters": lora().parameters,
+        "rank": RANK,
+        "options": OPTIONS,
+        "limits": {**LIMITS, "memory": MEMORY_LIMIT},
+        "threads": 1,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    RESULTS.write_text(json.dumps({"about": about, "strategies": dict(sorted(lines.items()))}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=int, default=1000)
@@ -250,19 +264,8 @@ def main() -> None:
         wrong = "" if line["seconds_hold"] and line["memory_holds"] is not False else "  TOO MUCH"
         times = f"{line['seconds']:8.2f} {line['plain_seconds']:7.2f} {line['ratio']:6.2f}"
         print(f"{name:12s} {kind:11s} {times} {line['peak_states']:7.2f}{wrong}", flush=True)
-    if asked.sites == 1000:
-        about = {
-            "sites": asked.sites,
-            "parameters": lora().parameters,
-            "rank": RANK,
-            "options": OPTIONS,
-            "limits": {**LIMITS, "memory": MEMORY_LIMIT},
-            "threads": 1,
-            "numpy": np.__version__,
-            "machine": platform.machine(),
-        }
-        RESULTS.write_text(json.dumps({"about": about, "strategies": {**before, **lines}}, indent=1) + "\n")
-        print(f"{RESULTS} written")
+        if asked.sites == 1000:
+            write({**before, **lines})
 
 
 if __name__ == "__main__":
