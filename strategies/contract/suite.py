@@ -328,6 +328,8 @@ class StrategyContract:
         for name in self._one_of_each_role():
             self._refused(f"a NaN in {name}", partial(_spoiled, name=name, value=np.nan), at=0)
             self._refused(f"an infinity in {name}", partial(_spoiled, name=name, value=-np.inf), at=-1)
+        if self.cls.capabilities.two_passes:
+            self._refused("a NaN in a second answer", partial(_spoiled, name="", value=np.nan), at=0, second=True)
 
     def test_tensors_of_a_wrong_shape_are_refused(self) -> None:
         for name in self._one_of_each_role(extras=False):
@@ -520,19 +522,23 @@ class StrategyContract:
         choices = (whole, max(1, whole // 4), max(1, whole // 2))
         return {site: choices[number % 3] for number, site in enumerate(sorted(self.weights()))}
 
-    def _refused(self, what: str, spoil: Callable[[Update], Update], *, at: int) -> None:
+    def _refused(self, what: str, spoil: Callable[[Update], Update], *, at: int, second: bool = False) -> None:
         """The update at the place ``at``, spoiled, ends in a :class:`UserError`: at once, or with the round."""
         __tracebackhide__ = True
         bench = self.bench()
         bench.round()
         bench.open()
         updates = [bench.answer(site) for site in bench.asked]
+
+        def spoiled(given: list[Update]) -> list[Update]:
+            return [spoil(update) if update is given[at] else update for update in given]
+
         try:
-            updates[at] = spoil(updates[at])
+            given, again = (updates, spoiled) if second else (spoiled(updates), list)
         except KeyError:
             return  # not shared in this round
         try:
-            bench.close(updates)
+            bench.close(given, again)
         except UserError:
             return
         except BrokenContractError:
@@ -594,6 +600,8 @@ def _tripled(update: Update) -> Update:
 
 
 def _spoiled(update: Update, name: str, value: float) -> Update:
+    """``update`` with ``value`` as the last number of the tensor ``name`` (empty: of the first that it holds)."""
+    name = name or next(iter(update.state))
     array = update.state[name].copy()
     array.reshape(-1)[-1:] = value
     tensors = {**update.state, name: array}

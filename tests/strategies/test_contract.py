@@ -420,6 +420,34 @@ class Extra(Broken):
         return self.Site(training, memory)
 
 
+class Trusting(Broken):
+    """Asks twice, and looks at the second answers with less care than at the first."""
+
+    capabilities = Capabilities(two_passes=True, linear_sum=True)
+
+    class Site(LocalRule):
+        def refine(self, received: AdapterState) -> AdapterState:
+            return received
+
+    def local(self, training: Training, memory: Mapping[str, AdapterState]) -> LocalRule:
+        return self.Site(training, memory)
+
+    def second_pass(self) -> AdapterState:
+        mean = super().result()
+        self.sums = {name: np.zeros(array.shape) for name, array in mean.items()}
+        self.total, self.spec = 0.0, mean.spec
+        return mean
+
+    def add_refined(self, update: Update) -> None:
+        self.total += update.weight
+        for name, array in update.state.items():
+            self.sums[name] += update.weight * np.nan_to_num(array.astype(np.float64))
+
+    def result(self) -> AdapterState:
+        found = {n: (s / self.total).astype(self.spec.by_name[n].dtype) for n, s in self.sums.items()}
+        return AdapterState(self.spec, found, names=tuple(found))
+
+
 class NumpyOnly(Broken):
     """A site's rule that fits NumPy arrays alone."""
 
@@ -471,6 +499,7 @@ BROKEN: list[tuple[type[Aggregator], str, str]] = [
         "takes an update of rank 3",
     ),
     (Naive, "test_numbers_that_are_none_are_refused", "takes a NaN in"),
+    (Trusting, "test_numbers_that_are_none_are_refused", "takes a NaN in a second answer"),
     (Naive, "test_tensors_of_a_wrong_shape_are_refused", "ends in ValueError"),
     (Careless, "test_tensors_of_a_wrong_shape_are_refused", "takes a .* of another shape"),
     (Careless, "test_a_weight_that_is_not_positive_and_finite_is_refused", "takes a weight of"),
