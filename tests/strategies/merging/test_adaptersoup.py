@@ -141,9 +141,7 @@ def test_clustering_gives_each_picked_adapter_the_same_weight() -> None:
 
 
 def test_if_none_is_near_the_nearest_is_named() -> None:
-    with pytest.raises(
-        UserError, match=r"no adapter is near enough; the nearest is heart .* lower the option"
-    ):
+    with pytest.raises(UserError, match=r"no adapter is near enough; the nearest is heart .* lower the option"):
         soup(mixture((6, 5, 0, 0)), threshold=0.95)
 
 
