@@ -24,24 +24,21 @@ def _accuracy(tiny_federation: Any, output: Path, rule: str, attack: str, **opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attack", ["scale:10", "sign-flip:10", "random:100"])
-def test_robust_rules_keep_the_accuracy_that_an_average_loses(
-    tiny_federation: Any, tmp_path: Path, attack: str
-) -> None:
-    """The claim of benchmarks/poisoning.py, for one seed: 3 points against 20."""
+def test_robust_rules_keep_the_accuracy_that_an_average_loses(tiny_federation: Any, tmp_path: Path) -> None:
+    """The claim of benchmarks/poisoning.py, for one seed and some of the rules: 3 points against 20."""
     clean = _accuracy(tiny_federation, tmp_path / "clean", "fedit", "")
     assert clean > 0.95
-    assert _accuracy(tiny_federation, tmp_path / "fedit", "fedit", attack) <= clean - 0.2
     rules: dict[str, dict[str, Any]] = {
         "multi-krum": {"attackers": 2},
-        "median": {},
         "trimmed-mean": {"attackers": 2},
         "geometric-median": {},
-        "fltrust": {"root": "site-0"},
     }
-    for rule, options in rules.items():
-        got = _accuracy(tiny_federation, tmp_path / rule, rule, attack, **options)
-        assert got >= clean - 0.03, rule
+    for number, attack in enumerate(("scale:10", "sign-flip:10", "random:100")):
+        here = tmp_path / str(number)
+        assert _accuracy(tiny_federation, here / "fedit", "fedit", attack) <= clean - 0.2, attack
+        for rule, options in rules.items():
+            got = _accuracy(tiny_federation, here / rule, rule, attack, **options)
+            assert got >= clean - 0.03, (rule, attack)
 
 
 def test_a_robust_rule_leaves_two_liars_out_of_a_real_run(tiny_federation: Any, tmp_path: Path) -> None:
