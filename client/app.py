@@ -219,7 +219,7 @@ class SiteClient:
 
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
-        self._require_strategy(config)
+        self._rule(job, config, here.site, {})  # a site that cannot do its part says so now
         if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             plan = self._plan(job, config, prepared)
@@ -260,7 +260,7 @@ class SiteClient:
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             reserved = self._reserve_training(job, config, prepared, plan)
             # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
-            noise = self._correlated_noise(job, config, here, plan)
+            noise = self._correlated_noise(job, config, here, plan, received.spec)
             promise = self._promise(config, prepared)
         kept = here.context.state.config_records.get("clip", ConfigRecord())
         taken = 0
@@ -328,7 +328,10 @@ class SiteClient:
         )
 
     def _rule(self, job: Job, config: RunConfig, site: str, known: Mapping[str, AdapterState]) -> LocalRule | None:
-        """What the run's strategy has this site do otherwise in the round."""
+        """What the run's strategy has this site do otherwise in the round.
+
+        Raises :class:`UserError` for a strategy that is not installed here, or whose part here cannot be private.
+        """
         train = config.train
         about = Training(
             site=site,
@@ -338,26 +341,22 @@ class SiteClient:
             momentum=train.momentum if train.optimizer == "sgd" else 0.0,
             private=config.privacy.enabled,
         )
-        rule = create_aggregator(config.strategy, config.strategy_options).local(about, known)
-        return self._surroundings.rule(rule, config, about)
-
-    def _require_strategy(self, config: RunConfig) -> None:
-        """Raise :class:`UserError` unless this site can do its part of the run's strategy."""
         try:
-            rule = self._rule(Job("", 1, "", "", ""), config, "", {})
+            aggregator = create_aggregator(config.strategy, config.strategy_options)
         except UserError as error:
             raise UserError(f"{error}; a site needs the package that offers its part of the strategy") from None
-        if rule is None or not config.privacy.enabled:
-            return
-        if rule.needs_loss:
-            raise UserError(
-                f"strategy `{config.strategy}` has a site choose by its training loss, which is not private"
-            )
-        if rule.personal() is not None:
-            raise UserError(
-                f"strategy `{config.strategy}` trains a second adapter on the same records, for which no budget is set "
-                "aside; choose another, or set privacy.enabled = false"
-            )
+        rule = aggregator.local(about, known)
+        if rule is not None and config.privacy.enabled:
+            if rule.needs_loss:
+                raise UserError(
+                    f"strategy `{config.strategy}` has a site choose by its training loss, which is not private"
+                )
+            if rule.personal() is not None:
+                raise UserError(
+                    f"strategy `{config.strategy}` trains a second adapter on the same records, for which no budget is "
+                    "set aside; choose another, or set privacy.enabled = false"
+                )
+        return self._surroundings.rule(rule, config, about)
 
     @staticmethod
     def _loss(config: RunConfig, prepared: _Prepared, model: Resident) -> Callable[[AdapterState], float]:
@@ -498,13 +497,17 @@ class SiteClient:
             raise UserError("another process of this site trains the same run; end one of them")
         return reserved
 
-    def _correlated_noise(self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan) -> CorrelatedNoise | None:
+    def _correlated_noise(
+        self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan, spec: AdapterSpec
+    ) -> CorrelatedNoise | None:
         """The run's noise, where it is correlated: it goes on from round to round, also in another process."""
         if plan.bands == 1:
             return None
         # The server chose the run's name, so no path is made of it.
         name = hashlib.sha256(job.run.encode()).hexdigest()[:16]
-        place = (str(here.folder), here.site, name)
+        names = [tensor.name for tensor in spec.tensors if tensor.parameter and tensor.policy != "freeze"]
+        trained = hashlib.sha256("|".join(names).encode()).hexdigest()[:16]
+        place = (str(here.folder), here.site, name, trained)
         if plan.first_step == 0 or place not in self._noise:
             if config.privacy.seeded_noise_not_private:
                 key = seeded_key_not_private(config.seed, here.site, job.run)
@@ -512,7 +515,7 @@ class SiteClient:
                 raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
             else:
                 path = here.folder / "noise" / f"{name}.json"
-                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step)
+                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
             self._noise[place] = plan.correlated(key)
             while len(self._noise) > _NOISES:
                 self._noise.popitem(last=False)

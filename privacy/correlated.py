@@ -123,16 +123,18 @@ def seeded_key_not_private(*parts: object) -> bytes:
     return hashlib.sha256("|".join(map(repr, parts)).encode()).digest()
 
 
-def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> bytes:
+def site_key(path: str | Path, *, bands: int, slots: int, first_step: int, trained: str = "") -> bytes:
     """The secret noise key of a run, kept in the file ``path`` on the site's own disk.
 
-    ``first_step``: how many steps of this run the ledger held before those that were just reserved: call it after
-    the reservation, so that of two processes only one makes the key. Returns once the key is on the disk. Raises
-    :class:`UserError` where the key of a run that has begun is lost or belongs to another plan (other noise would no
-    longer cancel, and an epoch that was paid for as one would be two), and where there is one though the ledger knows
-    nothing of it: it may have served, on other data or under a ledger that is lost.
+    ``trained``: a name for the tensors that train, whose noise it is. ``first_step``: how many steps of this run the
+    ledger held before those that were just reserved: call it after the reservation, so that of two processes only one
+    makes the key. Returns once the key is on the disk. Raises :class:`UserError` where the key of a run that has begun
+    is lost or belongs to another plan (other noise would no longer cancel, and an epoch that was paid for as one would
+    be two), and where there is one though the ledger knows nothing of it: it may have served, on other data or under
+    a ledger that is lost.
     """
-    path, plan = Path(path), {"bands": bands, "slots": slots}
+    path = Path(path)
+    plan: dict[str, int | str] = {"bands": bands, "slots": slots, "trained": trained}
     try:
         if first_step == 0:
             return _create(path, plan)
@@ -154,6 +156,11 @@ def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> by
         raise UserError(f"{path}: holds no noise key, so the run cannot go on; begin a new run") from None
     except OSError as error:
         raise UserError(f"{path}: the noise key cannot be kept: {error.strerror or error}") from None
+    if kept.get("trained") != trained and {**kept, "trained": trained} == plan:
+        raise UserError(
+            f"{path}: other tensors train than when the run was begun, and noise that is correlated over steps is of "
+            "the same ones throughout; set privacy.bands = 1"
+        )
     if kept != plan:
         raise UserError(
             f"{path}: the run was begun with {kept.get('bands')} bands over {kept.get('slots')} steps an epoch, not "
@@ -162,7 +169,7 @@ def site_key(path: str | Path, *, bands: int, slots: int, first_step: int) -> by
     return key
 
 
-def _create(path: Path, plan: dict[str, int]) -> bytes:
+def _create(path: Path, plan: dict[str, int | str]) -> bytes:
     """A fresh key in a new file. Raises FileExistsError where there is one."""
     key = os.urandom(_KEY_BYTES)
     path.parent.mkdir(parents=True, exist_ok=True)

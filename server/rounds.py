@@ -25,7 +25,7 @@ from ..methods import attach, create_method
 from ..methods.principal import principal_factors
 from ..privacy.ledger import Ledger
 from ..privacy.noise import RandomStream
-from ..strategies import Aggregator
+from ..strategies import Aggregator, Training
 from ..strategies.central import CentralPrivacy
 from ..strategies.compose import compose
 from ..strategies.flower import PeftStrategy
@@ -120,6 +120,7 @@ class Federation:
         self._rule.principal = partial(principal_factors, self.adapter)
         self.checkpoint = Checkpoint(0, self._rule.prepare(fresh))
         self._require_uploads(self.checkpoint.state)
+        self._require_steady(self.checkpoint.state)
         self._past_seconds = 0.0
         run = {"run": uuid.uuid4().hex[:12], "started": now(), "resumed": []}
         checkpoints.save(
@@ -134,6 +135,27 @@ class Federation:
         odd = [name for name in spec.select("share") if spec.by_name[name].dtype != "float32"]
         if form != "plain" and odd:
             raise UserError(f'server.upload "{form}" is for float32 tensors, which {odd[0]} is not; set it to "plain"')
+
+    def _require_steady(self, state: AdapterState) -> None:
+        """Raise :class:`UserError` where correlated noise would meet tensors that train in some steps only."""
+        site, train = self.config.site_names[0], self.config.train
+        if self.config.privacy.bands == 1 or not self.config.privacy.enabled:
+            return
+        found = set()
+        for number in (1, 2):
+            self._rule.round = number
+            spec = self._rule.for_site(state, site).spec
+            all_of_them = {t.name for t in spec.tensors if t.parameter and t.policy != "freeze"}
+            rule = self._rule.local(Training(site, number, train.local_steps, train.lr, private=True), {})
+            for step in range(train.local_steps):
+                asked = rule.trains(spec, step) if rule is not None else None
+                found.add(frozenset(all_of_them if asked is None else all_of_them & set(asked)))
+        self._rule.round = 0
+        if len(found) > 1:
+            raise UserError(
+                f"strategy `{self.config.strategy}` lets tensors rest in some rounds or steps, and noise that is "
+                "correlated over steps is of the same ones throughout; set privacy.bands = 1"
+            )
 
     def _resumed(self) -> dict[str, Any]:
         before, begun = self.rundir.read_run(), self.rundir.config()

@@ -267,5 +267,13 @@ def test_a_folder_where_the_key_should_be_is_a_users_error(tmp_path: Path) -> No
 
 def test_the_file_holds_the_key_and_whom_it_is_for(tmp_path: Path) -> None:
     path = tmp_path / "noise.json"
-    key = site_key(path, bands=4, slots=10, first_step=0)
-    assert json.loads(path.read_text()) == {"bands": 4, "slots": 10, "key": key.hex()}
+    key = site_key(path, bands=4, slots=10, first_step=0, trained="all")
+    assert json.loads(path.read_text()) == {"bands": 4, "slots": 10, "trained": "all", "key": key.hex()}
+
+
+def test_noise_of_other_tensors_does_not_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "noise.json"
+    key = site_key(path, bands=4, slots=10, first_step=0, trained="A")
+    assert site_key(path, bands=4, slots=10, first_step=3, trained="A") == key
+    with pytest.raises(UserError, match="other tensors train than when the run was begun"):
+        site_key(path, bands=4, slots=10, first_step=3, trained="B")

@@ -118,3 +118,20 @@ def test_a_site_rank_that_the_strategy_cannot_mix_is_refused(tiny_federation: An
     sites = [{"name": "east", "rank": 2}, {"name": "north"}, {"name": "south"}]
     with pytest.raises(UserError, match="strategy `fedit` cannot mix ranks"):
         tiny_federation.run(tiny_federation.config(**{"data.sites": sites}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["rolora", "la-lora"])
+def test_correlated_noise_is_refused_where_tensors_rest(tiny_federation: Any, tmp_path: Path, name: str) -> None:
+    settings = {"privacy.sampler": "cyclic", "privacy.bands": 2, "privacy.epsilon": 50.0, "strategy": name}
+    with pytest.raises(UserError, match="lets tensors rest in some rounds or steps"):
+        tiny_federation.run(tiny_federation.private(**settings), tmp_path / "run")
+
+
+def test_a_site_refuses_what_is_not_private_whatever_the_server_says(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not check is answered by sites that do, and nothing is spent."""
+    monkeypatch.setattr("fedgraft.strategies.compose.refusal", lambda config, can: None)
+    config = tiny_federation.private(strategy="ifca", rounds=1)
+    with pytest.raises(UserError, match="choose by its training loss, which is not private"):
+        tiny_federation.run(config, tmp_path / "run")
