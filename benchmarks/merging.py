@@ -331,7 +331,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(entries: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], target: Path) -> None:
-    matplotlib.rcParams["svg.hashsalt"] = "fedgraft"
+    matplotlib.rcParams.update({"svg.hashsalt": "fedgraft", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(figsize=(8.5, 0.3 * len(entries) + 1.6))
     for at, entry in enumerate(reversed(entries)):
         colour = NEEDS[entry["needs"]]
@@ -340,6 +340,7 @@ def draw(entries: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], targ
         axes.plot(points, [at] * len(points), "o", color="black", markersize=2.5, alpha=0.6)
         axes.text(entry["accuracy"] + 0.004, at + 0.12, f"{entry['accuracy']:.2f}", fontsize=7, va="bottom")
     axes.set_yticks(range(len(entries)), [entry["rule"] for entry in reversed(entries)], fontsize=8)
+    axes.set_ylim(-0.6, len(entries) - 0.4)
     axes.set_xlabel("accuracy on the new hospital's phrases (bar: mean of six hospitals, dots: each)")
     axes.legend(
         [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in NEEDS.values()],
