@@ -26,4 +26,4 @@ def shared_tensors(config: RunConfig, model: Resident, site: str) -> tuple[str, 
         fresh = model.adapter.read().with_spec(model.adapter.fresh)
         return aggregator.for_site(aggregator.prepare(fresh), site).spec.select("share")
     except UserError:
-        return model.adapter.spec.bare.names
+        return model.adapter.fresh.names

@@ -244,7 +244,7 @@ class _Records:
         self._records = Records(table.inputs, table.labels, table.patients)
         self.scorer = Scorer(config, self._records) if labelled else None
         self._resident_for, self._encode = resident_for, encode
-        self._order = {name: i for i, name in enumerate(resident(config).adapter.spec.names)}
+        self._order = {name: i for i, name in enumerate(resident(config).adapter.fresh.names)}
 
     @classmethod
     def of(

@@ -72,6 +72,8 @@ def subject(config: RunConfig, site: str, records: Records, *, units: int) -> Su
     everybody, keys = records.units(by_patient=by_patient)
     plan = PrivacyPlan.for_run(config, len(everybody), config.total_steps)
     model = resident(config)
+    # The resident adapter may still carry the policies and extras of another run.
+    model.adapter.adopt(model.adapter.fresh)
     fresh = model.adapter.load_peft(config.start_from) if config.start_from else model.adapter.read()
     aggregator = create_aggregator(config.strategy, config.strategy_options)
     aggregator.principal = partial(principal_factors, model.adapter)

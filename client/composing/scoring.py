@@ -27,7 +27,7 @@ def resident_for(config: RunConfig, spec: AdapterSpec) -> Resident:
     own = config.method
     method = own.model_copy(update={"rank": spec.rank or own.rank, "alpha": spec.alpha or own.alpha})
     found = resident(config.model_copy(update={"method": method}))
-    here = found.adapter.spec
+    here = found.adapter.fresh
     if spec.names != here.names:
         odd = min(set(spec.names) ^ set(here.names), default="their order")
         raise UserError(f"the adapter is not one of method {own.name} on this model: tensor {odd} is not in both")

@@ -17,7 +17,9 @@ from flwr.common.serde import message_to_proto
 
 JOB = {"run", "round", "site", "config", "fingerprint"}
 SITE = {"name", "round", "error", "code"}
-TABLE = {"version", "spec", "state", "rest", "wire", "tensors", "freeze", "local"}
+TABLE = {"version", "spec", "state", "rest", "wire", "tensors", "freeze", "local", "receive", "extras"} | {
+    *("form", "steps", "kept", "coded"),
+}
 FACTS = {"spec", "fingerprint"}
 PRIVACY = {
     *("enabled", "unit", "epsilon", "delta", "clip", "noise_multiplier", "sampling_rate", "steps"),
