@@ -20,6 +20,7 @@ MIXED = [{"name": "east", "rank": 1}, {"name": "north", "rank": 2}, {"name": "so
 
 
 @pytest.mark.parametrize("strategy", ["flora", "fedex", "frlora"])
+@pytest.mark.slow
 def test_the_exported_folder_computes_what_the_run_arrived_at(
     tiny_federation: Any, tmp_path: Path, strategy: str
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_run_leaves_the_base_model_in_memory_as_it_was(tiny_federation: Any, t
     assert [name for name in frozen if not torch.equal(held[name], frozen[name])] == []
 
 
+@pytest.mark.slow
 def test_a_site_of_a_lower_rank_evaluates_the_whole_change(tiny_federation: Any, tmp_path: Path) -> None:
     config = tiny_federation.config(strategy="flora", rounds=2, **{"data.sites": MIXED})
     tiny_federation.run(config, tmp_path / "run")
@@ -74,6 +76,7 @@ def test_a_site_of_a_lower_rank_evaluates_the_whole_change(tiny_federation: Any,
     np.testing.assert_allclose(evaluate(resident(low), part, examples, config).loss_sum, whole.loss_sum, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frlora_runs_under_central_privacy(tiny_federation: Any, tmp_path: Path) -> None:
     """It needs nothing but sums of the updates; what it makes of them is post-processing."""
     config = tiny_federation.config(strategy="frlora", rounds=2, **{"central.enabled": True})

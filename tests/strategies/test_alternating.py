@@ -217,6 +217,7 @@ def test_an_unknown_option_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "private"), [("rolora", False), ("la-lora", True), ("lora-a2", True), ("deer", False)]
 )
+@pytest.mark.slow
 def test_a_whole_run_learns_by_turns(tiny_federation: Any, tmp_path: Path, name: str, private: bool) -> None:
     config = tiny_federation.private if private else tiny_federation.config
     run = tiny_federation.run(config(strategy=name, rounds=4), tmp_path)

@@ -202,6 +202,7 @@ def test_a_foreign_memory_is_refused(toy: Callable[..., Any]) -> None:
         rule.recall({"clock": toy(rule).draw(0)})
 
 
+@pytest.mark.slow
 def test_a_whole_run_asks_its_buffer_and_goes_on_after_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
     settings = {"strategy": "fedbuff", "strategy_options": {"buffer": 2}}
     whole = tiny_federation.run(tiny_federation.config(rounds=5, **settings), tmp_path / "whole")

@@ -185,6 +185,7 @@ def test_a_site_that_does_not_say_which_cluster_it_trained_is_refused(
         rule.result()
 
 
+@pytest.mark.slow
 def test_a_whole_run_chooses_trains_and_evaluates(tiny_federation: Any, tmp_path: Path) -> None:
     config = tiny_federation.config(strategy="ifca", strategy_options={"clusters": 2})
     run = tiny_federation.run(config, tmp_path / "run")

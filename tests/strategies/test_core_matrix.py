@@ -270,6 +270,7 @@ class TestRavanThatPicks(StrategyContract):
     ("name", "method", "options", "private"),
     [("fed-sb", "lora-sb", {}, True), ("ravan", "ravan", {"heads": 2}, True), ("ravan", "ravan", {}, False)],
 )
+@pytest.mark.slow
 def test_a_whole_run_sends_cores_and_leaves_an_ordinary_lora_folder(
     tiny_federation: Any, tmp_path: Path, name: str, method: str, options: dict[str, Any], private: bool
 ) -> None:

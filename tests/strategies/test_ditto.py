@@ -64,6 +64,7 @@ def test_its_term_keeps_the_kind_of_the_tensors(toy: Callable[..., Any]) -> None
     np.testing.assert_allclose(got.numpy(), 1 + 2 * (3 - anchor["head"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_whole_run_evaluates_the_personal_adapters(tiny_federation: Any, tmp_path: Path) -> None:
     own = tiny_federation.run(tiny_federation.config(strategy="ditto", strategy_options={"lam": 0.0}), tmp_path / "own")
     plain = tiny_federation.run(tiny_federation.config(), tmp_path / "plain")

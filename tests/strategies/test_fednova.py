@@ -120,6 +120,7 @@ def test_what_cannot_be_averaged_is_refused(toy: Callable[..., Any]) -> None:
         rule.result()
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_unequal_steps_differs_from_fedit_and_one_with_equal_steps_does_not(
     tiny_federation: Any, tmp_path: Path
 ) -> None:

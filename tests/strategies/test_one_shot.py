@@ -170,6 +170,7 @@ def test_ties_and_knots_warn_of_the_noise_of_privacy() -> None:
         assert strategy.warning(False) == ""
 
 
+@pytest.mark.slow
 def test_a_whole_run_merges_sites_of_mixed_ranks(tiny_federation: Any, tmp_path: Any) -> None:
     ranks = [{"name": name, "rank": rank} for name, rank in RANKS.items()]
     config = tiny_federation.config(strategy="knots", rounds=1, **{"data.sites": ranks, "train.local_steps": 30})

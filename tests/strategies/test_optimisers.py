@@ -313,6 +313,7 @@ def test_flowers_adam_as_it_is_begins_elsewhere() -> None:
     assert apart > 0.1 * SETTINGS["lr"]
 
 
+@pytest.mark.slow
 def test_a_whole_run_keeps_its_moments_over_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"server.optimizer": "adam", "server.lr": 0.05}
     whole = tiny_federation.run(tiny_federation.config(**settings), tmp_path / "whole")

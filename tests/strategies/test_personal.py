@@ -158,6 +158,7 @@ def test_fedbn_averages_all_but_the_norms(toy: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
+@pytest.mark.slow
 def test_a_whole_run_keeps_heads_at_their_sites(tiny_federation: Any, tmp_path: Path, name: str) -> None:
     run = tiny_federation.run(tiny_federation.config(strategy=name, **{"train.local_steps": 4}), tmp_path / "run")
     assert run["status"] == "finished"

@@ -65,6 +65,7 @@ def test_a_method_of_nothing_but_factors_of_ones_own_is_refused() -> None:
 
 
 @pytest.mark.parametrize("private", [False, True])
+@pytest.mark.slow
 def test_a_whole_run_sends_less_than_half(tiny_federation: Any, tmp_path: Path, private: bool) -> None:
     make = tiny_federation.private if private else tiny_federation.config
     run, plain = (tiny_federation.run(make(strategy=name, rounds=2), tmp_path / name) for name in ("fedsa", "fedit"))

@@ -225,6 +225,7 @@ def test_corrections_keep_the_kind_of_the_gradients(toy: Callable[..., Any]) -> 
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_run_goes_on_after_a_stop(tiny_federation: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"strategy": "scaffold", "rounds": 3}
     whole = tiny_federation.run(tiny_federation.config(**settings), tmp_path / "whole")

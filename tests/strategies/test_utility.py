@@ -123,6 +123,7 @@ def test_numbers_that_are_none_are_refused_before_they_are_scored(toy: Callable[
     assert not asked
 
 
+@pytest.mark.slow
 def test_a_whole_run_scores_on_the_servers_records(tiny_federation: Any, tmp_path: Path) -> None:
     path = tmp_path / "validation.jsonl"
     rows = [{"text": row["text"], "label": row["label"]} for row in tiny_federation.rows[:30]]
