@@ -72,8 +72,9 @@ def _traffic(cls: type[Aggregator], spec: AdapterSpec, size: int, sites: int) ->
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Paragraphs on one line each, so that they wrap at the width of whoever reads."""
-    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    """Paragraphs on one line each, so that they wrap at the width of whoever reads; references by name alone."""
+    plain = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    return [" ".join(part.split()) for part in plain.split("\n\n") if part.strip()]
 
 
 def works_with(name: str, cls: type[Aggregator]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,12 +31,14 @@ def _list(
     if as_json:
         print(json.dumps(rows, default=str))
         return
-    table = Table("name", "rule", "exact", "secure sum", "mixed ranks", "source")
+    table = Table("name", "rule", "exact", "sum", "mixed ranks", box=SIMPLE_HEAD)
     for entry in rows:
         can = entry["capabilities"]
         flags = (_yes(can[flag]) for flag in ("exact", "linear_sum", "heterogeneous_ranks"))
-        table.add_row(entry["name"], escape(entry["summary"]), *flags, escape(entry["source"]))
-    Console().print(table)
+        table.add_row(entry["name"], escape(entry["summary"]), *flags)
+    console = Console()
+    console.print(table)
+    console.print("sum: works under central privacy and a secure sum. More: fedgraft strategies show NAME")
 
 
 @app.command()
