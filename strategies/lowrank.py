@@ -6,7 +6,7 @@ grow with r (m + n), never with m n.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -57,32 +57,6 @@ def inner(x: Factors, y: Factors) -> float:
 def norm(x: Factors) -> float:
     """The Frobenius norm of b @ a."""
     return float(np.sqrt(max(0.0, inner(x, x))))
-
-
-def gram(matrices: Sequence[Factors]) -> np.ndarray:
-    """All inner products of ``matrices``, (K, K), by one product of the stacked factors; ranks may differ."""
-    b, a = stacked((1.0, b, a) for b, a in matrices)
-    products = (b.T @ b) * (a @ a.T)
-    starts = np.cumsum([0] + [len(right) for _, right in matrices[:-1]])
-    return np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
-
-
-def states_gram(states: Sequence[AdapterState]) -> np.ndarray:
-    """Inner products of whole adapters, (K, K): of dW for each low-rank pair, of the numbers for other parameters.
-
-    Squared distances are ``g[i, i] + g[j, j] - 2 g[i, j]``; subtract states as stacked factors where they are close.
-    """
-    total = np.zeros((len(states), len(states)))
-    first = states[0]
-    factors = {name for pair in first.spec.pairs for name in (pair.a, pair.b)}
-    for position, pair in enumerate(first.spec.pairs):
-        if pair.a in first and pair.b in first:
-            total += gram([effective(state, state.spec.pairs[position]) for state in states])
-    for tensor in first.spec.tensors:
-        if tensor.parameter and tensor.name in first and tensor.name not in factors:
-            rows = np.stack([state[tensor.name].astype(np.float64).reshape(-1) for state in states])
-            total += rows @ rows.T
-    return total
 
 
 def completed(vt: np.ndarray, rows: np.ndarray, rank: int) -> np.ndarray:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ...core.adapter import AdapterSpec, AdapterState, explain_shape
-from ...core.config import PrivacyConfig, RunConfig
+from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.tasks import Example
-from ..data import Records, read_records
+from ..data import Records
 from ..evaluation import evaluate
 from ..resident import Resident, resident
 
 # The merging side's own records are not released by being scored on: no unit needs to be named.
-_WITHOUT = PrivacyConfig(enabled=False)
 
 
 def resident_for(config: RunConfig, spec: AdapterSpec) -> Resident:
@@ -54,11 +52,6 @@ class Scorer:
         self._config, self._records = config, records
         self._examples: list[Example] | None = None
         self._last: tuple[AdapterState, float, float] | None = None
-
-    @classmethod
-    def from_file(cls, config: RunConfig, path: str | Path) -> Scorer:
-        """Score on the records of a CSV, JSONL or Parquet file (or image folder), read as a site's are."""
-        return cls(config, read_records(path, config.model_copy(update={"privacy": _WITHOUT})))
 
     @property
     def labels(self) -> int:

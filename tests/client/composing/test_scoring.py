@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,14 +55,6 @@ def test_adapters_of_other_ranks_are_scored_as_well(tiny_federation: Any) -> Non
         tensors[pair.a] = np.pad(state[pair.a], ((0, 2), (0, 0)))
         tensors[pair.b] = np.pad(state[pair.b] * np.float32(pair.scaling / other.scaling), ((0, 0), (0, 2)))
     assert few.loss(AdapterState(wide, tensors)) == pytest.approx(few.loss(state), rel=1e-5)
-
-
-def test_records_are_read_from_a_file_whatever_the_run_promises(tiny_federation: Any, tmp_path: Path) -> None:
-    lines = tiny_federation.table.read_text(encoding="utf-8").splitlines()[:11]
-    table = tmp_path / "few.csv"
-    table.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n", encoding="utf-8")
-    few = Scorer.from_file(tiny_federation.private(), table)
-    assert few.labels == 10
 
 
 def test_an_adapter_that_is_not_of_the_model_is_refused(tiny_federation: Any) -> None:
