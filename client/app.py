@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from ..core.adapter import AdapterSpec, AdapterState, TensorSpec
+from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
 from ..core.progress import SILENT, Watch
@@ -30,7 +30,6 @@ from ..core.wire import (
     decode_table,
     encode_adapter,
     encode_answer,
-    encode_change,
     encode_refusal,
 )
 from ..privacy.accounting import Event
@@ -50,11 +49,12 @@ from .memory import SiteMemory
 from .policy import Dataset, NoPolicyError, Policy, PolicyError, load_policy
 from .resident import Resident, resident
 from .trainer import train
+from .upload import packed
 
 log = logging.getLogger("fedgraft.site")
 _NOISES = 8
 # What a site remembers beside what its strategy does, by name.
-_LOCAL, _PERSONAL, _OWED = "site-local", "site-personal", "site-owed"
+_LOCAL, _PERSONAL = "site-local", "site-personal"
 
 
 class _StateNotHeldError(UserError):
@@ -300,7 +300,8 @@ class SiteClient:
             here.context.state["clip"] = ConfigRecord({"run": job.run, "clip": result.clip})
         sent = rule.finish(result.state, received) if rule is not None else result.state
         keep = {**(rule.remember() if rule is not None else {}), **_own_tensors(result.state), **personal}
-        upload, owed = self._packed(sent.only(received.spec.select("share")), received, config, job, here.site, known)
+        shared = sent.only(received.spec.select("share"))
+        upload, owed = packed(shared, received, config, site=here.site, round=job.round, known=known)
         memory.keep(job.round, {**keep, **owed})
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
@@ -398,34 +399,6 @@ class SiteClient:
             rule=own,
         )
         return {_PERSONAL: trained.state.only(received.spec.bare.names)}
-
-    @staticmethod
-    def _packed(
-        shared: AdapterState,
-        received: AdapterState,
-        config: RunConfig,
-        job: Job,
-        site: str,
-        known: Mapping[str, AdapterState],
-    ) -> tuple[RecordDict, dict[str, AdapterState]]:
-        """What is sent, packed as ``server.upload`` says, and what a lossy form leaves owed, to be remembered."""
-        server = config.server
-        if server.upload == "plain":
-            return encode_adapter(shared, wire=server.wire_dtype, code=server.entropy_coding), {}
-        seed = hashlib.sha256(f"{config.seed}|{site}|{job.round}|rounding".encode()).digest()
-        upload, owed = encode_change(
-            shared,
-            received,
-            server.upload,
-            fraction=server.top_fraction,
-            random=np.random.default_rng(list(seed)),
-            owed=known[_OWED]["owed"] if _OWED in known else None,
-            code=server.entropy_coding,
-        )
-        if server.upload != "topk":
-            return upload, {}
-        spec = AdapterSpec("owed", (TensorSpec("owed", owed.shape, "float64"),))
-        return upload, {_OWED: AdapterState(spec, {"owed": owed})}
 
     def _evaluate(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)

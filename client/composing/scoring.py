@@ -14,8 +14,6 @@ from ..data import Records
 from ..evaluation import evaluate
 from ..resident import Resident, resident
 
-# The merging side's own records are not released by being scored on: no unit needs to be named.
-
 
 def resident_for(config: RunConfig, spec: AdapterSpec) -> Resident:
     """The base model of ``config`` with an adapter like ``spec`` on it, whose rank may be another than configured.
