@@ -46,6 +46,43 @@ class Trained:
     clip: float | None = None
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """One site's training of one round: what :func:`train` is given."""
+
+    resident: Resident
+    state: AdapterState
+    examples: Sequence[Example]
+    groups: Sequence[np.ndarray]
+    config: RunConfig
+    site: str
+    round: int
+    plan: PrivacyPlan | None
+    keys: Sequence[bytes] = ()
+    clip: float | None = None
+    noise: CorrelatedNoise | None = None
+    on_step: OnStep = lambda step, loss: None
+    rule: LocalRule | None = None
+
+    def train(self) -> Trained:
+        """Train alone."""
+        return train(
+            self.resident,
+            self.state,
+            self.examples,
+            self.groups,
+            self.config,
+            site=self.site,
+            round=self.round,
+            plan=self.plan,
+            keys=self.keys,
+            clip=self.clip,
+            noise=self.noise,
+            on_step=self.on_step,
+            rule=self.rule,
+        )
+
+
 def by_length(examples: Sequence[Example], indices: Iterable[int], size: int) -> Iterator[list[Example]]:
     """Batches of ``size`` among ``indices``, shortest first, so that little of a batch is padding."""
     order = sorted(indices, key=lambda index: examples[index]["length"])

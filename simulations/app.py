@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from ..client.app import Surroundings, make_client_app, own_name
+from ..client.answering import Surroundings
+from ..client.app import make_client_app, own_name
 from ..client.data import SiteData
 from ..client.policy import Policy, load_policy, unrestricted
 from ..core.config import RunConfig

@@ -21,7 +21,8 @@ import numpy as np
 from flwr.app import Context
 
 from ... import __version__
-from ...client.app import Surroundings, make_client_app, own_name
+from ...client.answering import Surroundings
+from ...client.app import make_client_app, own_name
 from ...client.data import Records, SiteData
 from ...client.evaluation import evaluate
 from ...client.policy import Policy, unrestricted

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedgraft.client import answering, trainer
 from fedgraft.client import app as client_app
 from fedgraft.client.app import make_client_app
 from fedgraft.core.adapter import AdapterState
@@ -93,7 +94,7 @@ def test_the_budget_is_on_the_disk_before_the_first_step(private: Any, monkeypat
         seen.append(sum(event.steps for event in Ledger(private.folder / "ledgers").events()))
         raise KeyError("dies in its first step")
 
-    monkeypatch.setattr(client_app, "train", dies)
+    monkeypatch.setattr(trainer, "train", dies)
     answer, _ = private.train()
     assert answer.error == "KeyError at the site; the site's own log says more"
     assert seen == [3]
@@ -165,8 +166,8 @@ def test_asking_spends_no_budget(private: Any) -> None:
 def test_another_process_of_the_site_goes_on_from_its_memory(plain: Any) -> None:
     """Flower keeps a site's memory, not its process: the decoded adapter of this one is gone in the next."""
     plain.evaluate()
-    client = client_app.SiteClient(
-        client_app.Surroundings(
+    client = answering.SiteClient(
+        answering.Surroundings(
             client_app.own_name, client_app._own_folder, client_app._own_policy, client_app._own_data
         )
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedgraft.client import answering, budget, trainer
 from fedgraft.client import app as client_app
 from fedgraft.client.auditlog import audit_journal
 from fedgraft.client.resident import resident
@@ -165,7 +166,7 @@ _ASKED = [("hello", name) for name in REFUSED] + [
 def test_what_the_policy_forbids_is_refused_at_the_site_with_the_line(
     talk: Any, policy: str, read: list[Path], monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    monkeypatch.setattr(client_app, "train", lambda *args, **more: pytest.fail("trained all the same"))
+    monkeypatch.setattr(trainer, "train", lambda *args, **more: pytest.fail("trained all the same"))
     changes, key, reason = REFUSED[name]
     text = policy.replace(*STRICTER.get(name, ("", "")))
     site = talk(text, **changes)
@@ -233,7 +234,7 @@ def test_what_all_runs_spend_together_stays_within_the_policy(
     text = policy.replace(f"{key} = {'3.0' if key == 'max_epsilon' else '2.5'}", f"{key} = {least}")
     second = talk(text, **{**job, "privacy.epsilon": float(least)})
     monkeypatch.setattr(Ledger, "spent", lambda *args: ())
-    monkeypatch.setattr(client_app, "_own_limit", lambda config: Limit(100.0, 1e-3, "the job"))
+    monkeypatch.setattr(budget, "own_limit", lambda config: Limit(100.0, 1e-3, "the job"))
     answer = second.hello(run="second") if kind == "hello" else second.train(run="second")[0]
     number = line(text, key + " ")
     assert f"more than the site's policy allows, line {number} ({key} = " in answer.error
@@ -357,14 +358,14 @@ def test_seeded_noise_in_the_past_marks_every_later_statement(talk: Any, policy:
 
 def _with(spoil: Callable[[RecordDict], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the answer of a training be changed on its way to the gate."""
-    make = client_app.encode_answer
+    make = answering.encode_answer
 
     def spoilt(*args: Any, **more: Any) -> RecordDict:
         content = make(*args, **more)
         spoil(content)
         return content
 
-    monkeypatch.setattr(client_app, "encode_answer", spoilt)
+    monkeypatch.setattr(answering, "encode_answer", spoilt)
 
 
 def _not_finite(content: RecordDict) -> None:

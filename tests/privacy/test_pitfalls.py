@@ -14,8 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from fedgraft.client import app as client_app
-from fedgraft.client import trainer
+from fedgraft.client import prepared, trainer
 from fedgraft.client.resident import resident
 from fedgraft.core.config import parse_config
 from fedgraft.core.errors import UserError
@@ -357,7 +356,7 @@ def test_trials_with_other_settings_spend_the_same_budget(
         """A site's folder that stays from run to run, as a real one's does."""
         return Ledger(tmp_path / "at" / folder.parent.name, *args, **more)
 
-    monkeypatch.setattr(client_app, "Ledger", lasting)
+    monkeypatch.setattr(prepared, "Ledger", lasting)
     told = []
     for number, rate in enumerate((0.1, 0.2, 0.3)):
         config = _private_run(tiny_federation, **{"rounds": 1, "train.lr": rate})

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedgraft.client import app as client_app
+from fedgraft.client import trainer
 from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.progress import Watch
@@ -268,12 +268,12 @@ def _crash(message: Message, answer: Answer) -> Message:
 
 
 def _raises(message: Message, answer: Answer) -> Message:
-    plain = client_app.train
-    client_app.train = lambda *args, **more: {}["a secret of the patient"]  # type: ignore[assignment]
+    plain = trainer.train
+    trainer.train = lambda *args, **more: {}["a secret of the patient"]  # type: ignore[assignment]
     try:
         return answer()
     finally:
-        client_app.train = plain
+        trainer.train = plain
 
 
 def _nan(message: Message, answer: Answer) -> Message:

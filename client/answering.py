@@ -1,0 +1,566 @@
+"""The site's side of the conversation: an instruction in, an answer out, and nothing else leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from ..core.adapter import AdapterSpec, AdapterState
+from ..core.config import RunConfig, config_from_json
+from ..core.errors import PrivateError, UserError, one_line
+from ..core.progress import SILENT, Watch
+from ..core.wire import (
+    NEEDS_STATE,
+    Job,
+    Kind,
+    decode_adapter,
+    decode_job,
+    decode_table,
+    encode_adapter,
+    encode_answer,
+    encode_refusal,
+)
+from ..privacy.clipping import require_exact
+from ..privacy.correlated import CorrelatedNoise, seeded_key_not_private, site_key
+from ..privacy.ledger import OverspentError
+from ..privacy.noise import RandomStream
+from ..privacy.plan import PrivacyPlan
+from ..privacy.release import noised
+from ..strategies import LocalRule, Training, create_aggregator
+from .auditlog import AuditLog
+from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
+from .data import SiteData
+from .evaluation import evaluate
+from .gate import left, require_allowed, require_refusal
+from .job import own_version, shared_tensors
+from .memory import SiteMemory
+from .policy import Dataset, NoPolicyError, Policy, PolicyError
+from .prepared import Prepared, prepare
+from .resident import Resident, resident
+from .together import train_together
+from .trainer import Lesson, Trained
+from .upload import packed
+
+log = logging.getLogger("fedgraft.site")
+_NOISES = 8
+# What a site remembers beside what its strategy does, by name.
+_LOCAL, _PERSONAL = "site-local", "site-personal"
+
+
+#: What answering takes: it may ask for trainings, and ends with what is sent.
+Course = Generator[Lesson, Trained, RecordDict]
+
+
+class _StateNotHeldError(UserError):
+    """The instruction builds on a global adapter that this site does not hold."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a site's own machine supplies, and no instruction can.
+
+    ``name``: which site it is (of the run, where there is a configuration); ``folder``: its own folder, for ledgers and
+    audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
+    the place that the policy names. ``rule`` gives a simulated attacker its own part in place of the strategy's.
+    """
+
+    name: Callable[[RunConfig | None, Context], str]
+    folder: Callable[[str, Context], Path | None]
+    policy: Callable[[Path | None, Context], Policy]
+    data: Callable[[RunConfig, str, Path, Context], SiteData]
+    rule: Callable[[LocalRule | None, RunConfig, Training], LocalRule | None] = lambda rule, config, training: rule
+
+
+@dataclass(frozen=True)
+class _Here:
+    """The site that answers, and what it lets this job do."""
+
+    site: str
+    folder: Path | None
+    context: Context
+    policy: Policy
+    dataset: Dataset
+
+
+@dataclass
+class _Visit:
+    """What is known of an instruction so far."""
+
+    kind: Kind
+    site: str = "?"
+    folder: Path | None = None
+    job: Job | None = None
+    digest: str = ""
+    here: _Here | None = None
+
+    def log(self, event: str, **values: Any) -> None:
+        """Write a line into the site's audit log. Raises :class:`UserError` when that cannot be."""
+        job = self.job
+        about = {"run": job.run, "round": job.round} if job is not None else {}
+        about |= {"job": self.digest} if self.digest else {}
+        AuditLog(self.folder).write(event, site=self.site, kind=self.kind, **about, **values)
+
+
+class SiteClient:
+    """The site's side of the conversation; one object serves every site of a process and keeps what is costly."""
+
+    def __init__(self, surroundings: Surroundings, watch: Watch = SILENT) -> None:
+        self._surroundings = surroundings
+        self._watch = watch
+        self._configs: OrderedDict[str, tuple[RunConfig, str]] = OrderedDict()
+        self._prepared: dict[tuple[str, ...], Prepared] = {}
+        # Correlated noise goes on from round to round; its last rows are kept, or would have to be drawn anew.
+        self._noise: OrderedDict[tuple[str, ...], CorrelatedNoise] = OrderedDict()
+        self._memories: dict[tuple[str, str, str], SiteMemory] = {}
+        # Decisions that are in the audit log already: the policy and the job have not changed since.
+        self._admitted: set[tuple[str, ...]] = set()
+        # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
+        self._states: OrderedDict[tuple[str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
+
+    def answer(self, kind: Kind, message: Message, context: Context) -> Message:
+        """Do what the instruction says; a failure becomes a one-line answer that names the site."""
+        return self.answer_together(kind, [(message, context)])[0]
+
+    def answer_together(self, kind: Kind, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The answers of several sites of this process, whose trainings may share their passes through the base model.
+
+        Each site decides, spends, passes its gate and writes its audit log as if it were alone.
+        """
+        visits = [_Visit(kind) for _ in calls]
+        courses = [
+            self._answered(visit, message.content, context)
+            for visit, (message, context) in zip(visits, calls, strict=True)
+        ]
+        contents: dict[int, RecordDict | Exception] = {}
+        waiting: dict[int, Lesson] = {}
+        results: dict[int, Trained | Exception | None] = dict.fromkeys(range(len(calls)))
+        while results:
+            for index, result in results.items():
+                try:
+                    course = courses[index]
+                    going = course.throw(result) if isinstance(result, Exception) else course.send(result)  # type: ignore[arg-type]
+                    waiting[index] = going
+                except StopIteration as end:
+                    contents[index] = end.value
+                except Exception as error:
+                    contents[index] = error
+            results = dict(zip(waiting, train_together(list(waiting.values())), strict=True))
+            waiting = {}
+        return [
+            Message(self._concluded(visit, contents[index]), reply_to=message)
+            for index, (visit, (message, _)) in enumerate(zip(visits, calls, strict=True))
+        ]
+
+    def _concluded(self, visit: _Visit, content: RecordDict | Exception) -> RecordDict:
+        """What is sent in the end, with its line in the audit log."""
+        told: dict[str, Any] = {}
+        if not isinstance(content, Exception):
+            try:
+                event, told = "left", left(content)
+            except Exception as error:
+                content = error
+        if isinstance(content, Exception):
+            event, told, content = "refused", self._reason(content, visit), self._refusal(content, visit)
+        try:
+            visit.log(event, **told)
+        except Exception as error:
+            log.error("site %s: %s", visit.site, one_line(error))
+            content = self._refusal(error, visit)
+        self._watch.site_finished(visit.kind, visit.site)
+        return content
+
+    def _answered(self, visit: _Visit, content: RecordDict, context: Context) -> Course:
+        """The answer to an instruction, past the gate."""
+        with contextlib.suppress(UserError):
+            # Known before the instruction is read, so that a bad one is in the audit log too.
+            visit.site = self._surroundings.name(None, context)
+            visit.folder = self._surroundings.folder(visit.site, context)
+        job = visit.job = decode_job(content)
+        config, visit.digest = self._config(job.config)
+        site = visit.site = self._surroundings.name(config, context)
+        if job.site and job.site != site:
+            raise UserError(f"this is site {site}, the instruction is for {job.site}")
+        folder = visit.folder = self._surroundings.folder(site, context)
+        policy = self._surroundings.policy(folder, context)
+        dataset = policy.dataset_of(config, site, str(context.node_config.get("dataset", "")))
+        here = visit.here = _Here(site, folder, context, policy, dataset)
+        config = own_version(config, site)
+        policy.admit(config, job.fingerprint, dataset)
+        decided = (str(folder), job.run, visit.digest, policy.digest, dataset.name)
+        if decided not in self._admitted:
+            visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
+            self._admitted.add(decided)
+        received = None
+        if visit.kind == "train":
+            answer, received = yield from self._train(job, config, here, content)
+        elif visit.kind == "refine":
+            answer, received = self._refine(job, config, here, content)
+        else:
+            handler = self._hello if visit.kind == "hello" else self._evaluate
+            answer = handler(job, config, here, content)
+        require_allowed(
+            visit.kind,
+            answer,
+            config=config,
+            policy=policy,
+            dataset=dataset,
+            fingerprint=job.fingerprint,
+            received=received,
+        )
+        return answer
+
+    def _refusal(self, error: Exception, visit: _Visit) -> RecordDict:
+        log.error("site %s: %s", visit.site, one_line(error), exc_info=not isinstance(error, UserError))
+        if isinstance(error, PrivateError) or not isinstance(error, UserError):
+            # The answer says less than this, and whoever watches sits at the site.
+            self._watch.note(f"site {visit.site}: {one_line(error)}")
+        code = NEEDS_STATE if isinstance(error, _StateNotHeldError) else ""
+        number = visit.job.round if visit.job is not None else 0
+        content = encode_refusal(_sendable(error, visit.folder), site=visit.site, round=number, code=code)
+        require_refusal(content)
+        return content
+
+    def _reason(self, error: Exception, visit: _Visit) -> dict[str, Any]:
+        """Why nothing leaves, for the audit log, which quotes no record and names the policy's line."""
+        rule = error.rule if isinstance(error, PolicyError) else None
+        if isinstance(error, OverspentError) and visit.here is not None:
+            rule = visit.here.policy.limits(visit.here.dataset).get(error.limit)
+        private = isinstance(error, PrivateError) and not isinstance(error, NoPolicyError)
+        why: dict[str, Any] = {"why": type(error).__name__}
+        if isinstance(error, UserError) and not private:
+            why["why"] = one_line(error)
+        if rule is not None:
+            why["rule"] = {"file": rule.file, "line": rule.line, "text": rule.text}
+        return why
+
+    def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        prepared, model = self._site(job, config, here)
+        self._rule(job, config, here.site, {})  # a site that cannot do its part says so now
+        if config.privacy.enabled and job.round <= config.rounds:
+            # Whatever would stop the run later must stop it now, before any site has spent anything.
+            plan = plan_of(job, config, prepared)
+            require_room(prepared, plan.events(plan.first_step, plan.steps), "train")
+            require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            if config.evaluation_release == "noised":
+                require_room(prepared, event_of_release(job, config, prepared), "held-out")
+        return encode_answer(
+            "hello",
+            site=here.site,
+            round=job.round,
+            metrics={
+                "records": len(prepared.train),
+                "held_out": len(prepared.held_out),
+                "units": len(prepared.groups),
+            },
+            facts={
+                "spec": model.adapter.spec.bare.digest,
+                "fingerprint": job.fingerprint,
+            },
+            privacy=promise(config, prepared),
+        )
+
+    def _train(
+        self, job: Job, config: RunConfig, here: _Here, content: RecordDict
+    ) -> Generator[Lesson, Trained, tuple[RecordDict, AdapterState]]:
+        """The answer of a training, and the adapter that it was about."""
+        prepared, model = self._site(job, config, here)
+        received = self._receive(content, here.context, model)
+        here.policy.require_tensors(received.spec.select("share"))
+        memory = self._memory(job, here)
+        known = memory.before(job.round)
+        state = _with_local(received, known)
+        rule = self._rule(job, config, here.site, known)
+        if rule is not None:
+            state = rule.begin(state, self._loss(config, prepared, model) if rule.needs_loss else None)
+        plan = told = reserved = noise = None
+        if config.privacy.enabled:
+            plan = plan_of(job, config, prepared)
+            require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            # The budget is on the disk before the first gradient: a crash can only have recorded too much.
+            reserved = reserve_training(job, config, prepared, plan)
+            # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
+            noise = self._correlated_noise(job, config, here, plan, received.spec)
+            told = promise(config, prepared)
+        kept = here.context.state.config_records.get("clip", ConfigRecord())
+        taken = 0
+
+        def on_step(step: int, loss: float | None) -> None:
+            nonlocal taken
+            taken = step
+            self._watch.site_step(here.site, step, config.train.local_steps, loss, told.epsilon if told else None)
+
+        try:
+            result = yield Lesson(
+                model,
+                state,
+                prepared.train,
+                prepared.groups,
+                config,
+                site=here.site,
+                round=job.round,
+                plan=plan,
+                keys=prepared.keys,
+                clip=float(kept["clip"]) if kept.get("run") == job.run else None,  # type: ignore[arg-type]
+                noise=noise,
+                on_step=on_step,
+                rule=rule,
+            )
+            personal = yield from self._personal(rule, known, received, prepared, model, config, job, here.site)
+        except BaseException:
+            if reserved is not None:
+                # A step that broke off counts: how far it came is not known. What cannot be settled counts whole.
+                with contextlib.suppress(UserError):
+                    prepared.ledger.settle(reserved, min(taken + 1, reserved.steps), "failed")
+            raise
+        if reserved is not None:
+            prepared.ledger.settle(reserved, reserved.steps, "released")
+            told = promise(config, prepared)
+        if result.clip is not None:
+            here.context.state["clip"] = ConfigRecord({"run": job.run, "clip": result.clip})
+        sent = rule.finish(result.state, received) if rule is not None else result.state
+        keep = {**(rule.remember() if rule is not None else {}), **_own_tensors(result.state), **personal}
+        shared = sent.only(received.spec.select("share"))
+        upload, owed = packed(shared, received, config, site=here.site, round=job.round, known=known)
+        memory.keep(job.round, {**keep, **owed})
+        metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
+        if result.loss is not None:
+            metrics["loss"] = result.loss
+        answer = encode_answer("train", site=here.site, round=job.round, metrics=metrics, privacy=told, adapter=upload)
+        return answer, received
+
+    def _refine(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> tuple[RecordDict, AdapterState]:
+        """The second answer of a round, made of what the training left behind: nothing is learned or spent anew."""
+        prepared, model = self._site(job, config, here)
+        received = self._receive(content, here.context, model)
+        here.policy.require_tensors(received.spec.select("share"))
+        known = self._memory(job, here).of(job.round)
+        rule = self._rule(job, config, here.site, known)
+        if rule is None or not known:
+            raise UserError(f"site {here.site} does not remember its training of round {job.round}")
+        shared = rule.refine(received).only(received.spec.select("share"))
+        server = config.server
+        answer = encode_answer(
+            "refine",
+            site=here.site,
+            round=job.round,
+            metrics={"records": len(prepared.train)},
+            privacy=promise(config, prepared),
+            adapter=encode_adapter(shared, wire=server.wire_dtype, code=server.entropy_coding),
+        )
+        return answer, received
+
+    def _rule(self, job: Job, config: RunConfig, site: str, known: Mapping[str, AdapterState]) -> LocalRule | None:
+        """What the run's strategy has this site do otherwise in the round.
+
+        Raises :class:`UserError` for a strategy that is not installed here, or whose part here cannot be private.
+        """
+        train = config.train
+        about = Training(
+            site=site,
+            round=job.round,
+            steps=train.local_steps,
+            lr=train.lr,
+            momentum=train.momentum if train.optimizer == "sgd" else 0.0,
+            private=config.privacy.enabled,
+        )
+        try:
+            aggregator = create_aggregator(config.strategy, config.strategy_options)
+        except UserError as error:
+            raise UserError(f"{error}; a site needs the package that offers its part of the strategy") from None
+        rule = aggregator.local(about, known)
+        if rule is not None and config.privacy.enabled:
+            if rule.needs_loss:
+                raise UserError(
+                    f"strategy `{config.strategy}` has a site choose by its training loss, which is not private"
+                )
+            if rule.personal() is not None:
+                raise UserError(
+                    f"strategy `{config.strategy}` trains a second adapter on the same records, for which no budget is "
+                    "set aside; choose another, or set privacy.enabled = false"
+                )
+        return self._surroundings.rule(rule, config, about)
+
+    @staticmethod
+    def _loss(config: RunConfig, prepared: Prepared, model: Resident) -> Callable[[AdapterState], float]:
+        """The mean training loss of an adapter, which only a run without privacy may make use of."""
+
+        def loss(state: AdapterState) -> float:
+            scores = evaluate(model, state, prepared.train, config)
+            return float(scores.loss_sum.sum() / max(scores.examples.sum(), 1))
+
+        return loss
+
+    def _personal(
+        self,
+        rule: LocalRule | None,
+        known: Mapping[str, AdapterState],
+        received: AdapterState,
+        prepared: Prepared,
+        model: Resident,
+        config: RunConfig,
+        job: Job,
+        site: str,
+    ) -> Generator[Lesson, Trained, dict[str, AdapterState]]:
+        """The adapter that stays here, trained beside the shared one where the strategy asks for it."""
+        own = rule.personal() if rule is not None else None
+        if own is None:
+            return {}
+        start = AdapterState(received.spec, {**received, **known.get(_PERSONAL, {})})
+        # Batches of its own: under the shared training's name both would see the same ones.
+        name = f"{site}/{_PERSONAL}"
+        trained = yield Lesson(
+            model,
+            own.begin(start, None),
+            prepared.train,
+            prepared.groups,
+            config,
+            site=name,
+            round=job.round,
+            plan=None,
+            rule=own,
+        )
+        return {_PERSONAL: trained.state.only(received.spec.bare.names)}
+
+    def _evaluate(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
+        prepared, model = self._site(job, config, here)
+        known = self._memory(job, here).of(job.round)
+        state = _with_local(self._receive(content, here.context, model), known)
+        if _PERSONAL in known:
+            state = AdapterState(state.spec, {**state, **known[_PERSONAL]})
+        metrics: dict[str, float] = {}
+        if config.evaluation_release == "noised":
+            metrics = self._noised_counts(job, config, here.site, prepared, model, state)
+        elif config.evaluation_release == "exact_not_private":
+            metrics = evaluate(model, state, prepared.held_out, config).exact()
+        privacy = promise(config, prepared)
+        return encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
+
+    def _noised_counts(
+        self, job: Job, config: RunConfig, site: str, prepared: Prepared, model: Resident, state: AdapterState
+    ) -> dict[str, float]:
+        """Evaluation counts that the budget of the held-out units has paid for."""
+        event = event_of_release(job, config, prepared)
+        reserved = reserve(job, config, prepared, event, "held-out")
+        scores = evaluate(model, state, prepared.held_out, config)
+        if config.privacy.seeded_noise_not_private:
+            stream = RandomStream.seeded_not_private(config.seed, site, job.round, "evaluation")
+        else:
+            stream = RandomStream.from_os()
+        even = model.task.even_loss(model.adapter.model)
+        counts = noised(scores, prepared.held_out_groups, even, event.noise_multiplier, stream)
+        prepared.ledger.settle(reserved, 1, "released")
+        return counts
+
+    def _correlated_noise(
+        self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan, spec: AdapterSpec
+    ) -> CorrelatedNoise | None:
+        """The run's noise, where it is correlated: it goes on from round to round, also in another process."""
+        if plan.bands == 1:
+            return None
+        # The server chose the run's name, so no path is made of it.
+        name = hashlib.sha256(job.run.encode()).hexdigest()[:16]
+        names = [tensor.name for tensor in spec.tensors if tensor.parameter and tensor.policy != "freeze"]
+        trained = hashlib.sha256("|".join(names).encode()).hexdigest()[:16]
+        place = (str(here.folder), here.site, name, trained)
+        if plan.first_step == 0 or place not in self._noise:
+            if config.privacy.seeded_noise_not_private:
+                key = seeded_key_not_private(config.seed, here.site, job.run)
+            elif here.folder is None:
+                raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
+            else:
+                path = here.folder / "noise" / f"{name}.json"
+                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
+            self._noise[place] = plan.correlated(key)
+            while len(self._noise) > _NOISES:
+                self._noise.popitem(last=False)
+        return self._noise[place]
+
+    def _config(self, text: str) -> tuple[RunConfig, str]:
+        """The configuration of an instruction, and its digest."""
+        if text not in self._configs:
+            config = config_from_json(text, "the server's configuration")
+            self._configs[text] = (config, config.digest())
+            while len(self._configs) > 2:
+                self._configs.popitem(last=False)
+        return self._configs[text]
+
+    def _site(self, job: Job, config: RunConfig, here: _Here) -> tuple[Prepared, Resident]:
+        site, policy, dataset = here.site, here.policy, here.dataset
+        model = resident(config)
+        if model.base.fingerprint != job.fingerprint:
+            raise UserError(
+                f"site {site} holds another base model (fingerprint {model.base.fingerprint[:12]}, the run's is "
+                f"{job.fingerprint[:12]}); give every site the same files"
+            )
+        place = policy.data_path(dataset)
+        # One process may serve runs that differ in nothing but where the site's data and ledger lie.
+        key = (job.config, site, str(here.folder), dataset.name, str(place))
+        if key not in self._prepared:
+            policy.require_tensors(shared_tensors(config, model, site))
+            data = self._surroundings.data(config, site, place, here.context)
+            self._prepared[key] = prepare(config, data, model, here.folder, dataset.name)
+        prepared = replace(self._prepared[key], limits=tuple(policy.limits(dataset)))
+        policy.require_units(len(prepared.train), prepared.patients, dataset)
+        return prepared, model
+
+    def _receive(self, content: RecordDict, context: Context, model: Resident) -> AdapterState:
+        """The global adapter of an instruction, completed from what this site holds, and held from now on."""
+        table = decode_table(content, "the server")
+        spec = model.adapter.spec
+        held = context.state.config_records.get("held.digest", ConfigRecord()).get("state")
+        if table.rest and held != table.rest:
+            raise _StateNotHeldError(f"the adapter {table.rest[:12]} that the instruction builds on is not held here")
+        key = (table.state, table.spec)
+        if key not in self._states:
+            rest = self._held(context, spec) if table.rest else None
+            state = decode_adapter(content, spec, sender="the server", held=rest)
+            self._states[key] = (state, encode_adapter(state, wire="fp32"))
+            while len(self._states) > 2:
+                self._states.popitem(last=False)
+        state, packed = self._states[key]
+        if held != table.state:
+            context.state["held.digest"] = ConfigRecord({"state": table.state})
+            context.state["held.adapter"] = packed["adapter"]
+            context.state["held.table"] = packed["table"]
+        return state
+
+    def _held(self, context: Context, spec: AdapterSpec) -> AdapterState:
+        content = RecordDict({"adapter": context.state["held.adapter"], "table": context.state["held.table"]})
+        return decode_adapter(content, spec, sender="this site's own memory")
+
+    def _memory(self, job: Job, here: _Here) -> SiteMemory:
+        key = (str(here.folder), here.site, job.run)
+        if key not in self._memories:
+            self._memories[key] = SiteMemory(here.folder, job.run)
+        return self._memories[key]
+
+
+def _with_local(state: AdapterState, known: Mapping[str, AdapterState]) -> AdapterState:
+    """``state`` with this site's personal tensors in place of the initial ones."""
+    own: Mapping[str, np.ndarray] = known.get(_LOCAL, {})
+    kept = {name: own[name] for name in state.spec.select("local") if name in own}
+    return AdapterState(state.spec, {**state, **kept}) if kept else state
+
+
+def _own_tensors(state: AdapterState) -> dict[str, AdapterState]:
+    """The personal tensors of ``state``, to be remembered."""
+    names = state.spec.select("local")
+    return {_LOCAL: state.only(names)} if names else {}
+
+
+def _sendable(error: Exception, folder: Path | None) -> Exception:
+    """``error`` as others may hear it: where a file lies at the site is the site's own affair."""
+    if isinstance(error, NoPolicyError):
+        return UserError(error.sent)
+    if isinstance(error, PrivateError) or not isinstance(error, UserError) or folder is None:
+        return error
+    return UserError(str(error).replace(f"{folder}/", ""))

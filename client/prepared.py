@@ -1,0 +1,67 @@
+"""A site's records as its training takes them: encoded, and grouped by privacy unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..core.config import RunConfig
+from ..core.errors import UserError
+from ..core.tasks import Example
+from ..privacy.ledger import Ledger, Limit
+from .data import SiteData
+from .resident import Resident
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A site's encoded records and its privacy units."""
+
+    train: list[Example]
+    held_out: list[Example]
+    groups: list[np.ndarray]
+    keys: list[bytes]
+    patients: int
+    held_out_groups: list[np.ndarray]
+    ledger: Ledger
+    split: str
+    limits: tuple[Limit, ...] = ()
+
+
+def prepare(config: RunConfig, data: SiteData, model: Resident, folder: Path | None, dataset: str) -> Prepared:
+    """Encode ``data`` for ``model`` and group it by the run's privacy unit; ``folder`` is where the ledger lies.
+
+    Raises :class:`UserError` when the unit is the patient and the records name none.
+    """
+    task, processor = model.task, model.base.processor
+    by_patient = config.privacy.enabled and config.privacy.unit == "patient"
+    if by_patient and data.train.patients is None:
+        raise UserError(f"site {data.site}: the privacy unit is the patient, but its records name none")
+    groups, keys = data.train.units(by_patient=by_patient)
+    return Prepared(
+        train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
+        held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
+        groups=groups,
+        keys=keys,
+        patients=len(set(data.train.patients or ())),
+        held_out_groups=data.held_out.units(by_patient=by_patient)[0],
+        ledger=Ledger(
+            folder / "ledgers" if folder else None, data.fingerprint, dataset=dataset, unit=config.privacy.unit
+        ),
+        split=_split(config, data),
+    )
+
+
+def _split(config: RunConfig, data: SiteData) -> str:
+    """A name for the way patients were told apart: under one name nobody is in two parts, whatever else changes.
+
+    Where no key names the patients, that is known of one state of the data alone.
+    """
+    key = data.fingerprint[:16] if data.train.patients is None else f"column {config.data.patient_column}"
+    return f"{data.split}, site {data.site}, by {key}"
+
+
+def _labels(labels: np.ndarray | None) -> list[int] | None:
+    return None if labels is None else labels.tolist()
