@@ -79,7 +79,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def simulate(
     config: Annotated[str, typer.Argument(help="A TOML file, or a scenario that comes with fedgraft.")] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as you like.")] = None,
-    engine: Annotated[str, typer.Option(help="inprocess, or flower (Flower's simulation runtime).")] = "inprocess",
+    engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "inprocess",
+    workers: Annotated[int, typer.Option(help="Processes of the engine workers; 0: one a GPU, or one a core.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of the arithmetic in each process; 0: all cores.")] = 0,
+    cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 1,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where the time went.")] = False,
     output: Annotated[Path | None, typer.Option(help="The run directory (default: runs/NAME-DATE-TIME).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -87,10 +91,10 @@ def simulate(
     """Run a whole federation on this machine."""
     from .simulations import run as runs
     from .simulations.display import Live, closing_lines, final_table
+    from .simulations.execution import Execution
     from .simulations.scenario import load_scenario
 
-    if engine not in ("inprocess", "flower"):
-        raise UserError(f"unknown engine `{engine}`; there are inprocess and flower")
+    execution = Execution(engine, workers, threads, cohort, profile)  # type: ignore[arg-type]
     console = Console(stderr=True)
     if resume is not None:
         settings, rounds = _resumed_config(resume, config, overrides or [], output)
@@ -100,9 +104,9 @@ def simulate(
         raise UserError("say what to run: a configuration file, a scenario such as hospitals-icd10, or --resume DIR")
     with Live(console, settings) as live:
         if resume is not None:
-            result = runs.resume(resume, rounds=rounds, engine=engine, watch=live)  # type: ignore[arg-type]
+            result = runs.resume(resume, rounds=rounds, execution=execution, watch=live)
         else:
-            result = runs.simulate(settings, output, engine=engine, watch=live)  # type: ignore[arg-type]
+            result = runs.simulate(settings, output, execution=execution, watch=live)
     if as_json:
         print(json.dumps(_as_json(result)))
         return

@@ -30,6 +30,7 @@ from fedgraft.client.trainer import by_length
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.sampling import shuffled_batches
+from fedgraft.simulations.execution import Execution
 from fedgraft.simulations.run import simulate
 from fedgraft.simulations.scenario import complete, site_data
 
@@ -186,7 +187,7 @@ def flower_wall() -> dict[str, object]:
         seconds = {}
         for name in ("inprocess", "flower"):
             began = time.perf_counter()
-            simulate(config, folder / name, engine=name)  # type: ignore[arg-type]
+            simulate(config, folder / name, execution=Execution(name))  # type: ignore[arg-type]
             seconds[name] = round(time.perf_counter() - began, 1)
     return {"sites": 10, "rounds": 3, **{f"{name}_wall_seconds": value for name, value in seconds.items()}}
 

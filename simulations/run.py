@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..core.config import RunConfig
 from ..core.errors import UserError
@@ -16,9 +16,10 @@ from ..server.rundir import RunDirectory, read_metrics
 from .app import make_simulated_client
 from .engines.flower import LOG, run_flower
 from .engines.inprocess import InProcessGrid
+from .execution import Execution
 from .scenario import complete, site_data
 
-Engine = Literal["inprocess", "flower"]
+DEFAULT = Execution()
 
 
 def default_output(config: RunConfig) -> Path:
@@ -27,7 +28,7 @@ def default_output(config: RunConfig) -> Path:
 
 
 def simulate(
-    config: RunConfig, output: Path | None = None, *, engine: Engine = "inprocess", watch: Watch = SILENT
+    config: RunConfig, output: Path | None = None, *, execution: Execution = DEFAULT, watch: Watch = SILENT
 ) -> dict[str, Any]:
     """Run a simulated federation and return its run.json (docs/run-directory.md).
 
@@ -39,7 +40,7 @@ def simulate(
     output = output or default_output(config)
     existed = output.exists()
     try:
-        return _run(config, output, engine, resume=False, watch=watch)
+        return _run(config, output, execution, resume=False, watch=watch)
     except UserError:
         # A run that never began leaves nothing worth keeping, unless its line points to a log.
         if not existed and not read_metrics(output) and not (output / LOG).exists():
@@ -48,7 +49,7 @@ def simulate(
 
 
 def resume(
-    folder: Path, *, rounds: int | None = None, engine: Engine = "inprocess", watch: Watch = SILENT
+    folder: Path, *, rounds: int | None = None, execution: Execution = DEFAULT, watch: Watch = SILENT
 ) -> dict[str, Any]:
     """Go on with the run in ``folder`` from its last whole checkpoint; ``rounds`` extends it.
 
@@ -60,12 +61,12 @@ def resume(
         config = config.model_copy(update={"rounds": rounds})
     check(config)
     site_data(config)
-    return _run(config, folder, engine, resume=True, watch=watch)
+    return _run(config, folder, execution, resume=True, watch=watch)
 
 
-def _run(config: RunConfig, output: Path, engine: Engine, *, resume: bool, watch: Watch) -> dict[str, Any]:
-    if engine == "flower":
+def _run(config: RunConfig, output: Path, execution: Execution, *, resume: bool, watch: Watch) -> dict[str, Any]:
+    if execution.engine == "flower":
         return run_flower(config, output, resume=resume, watch=watch)
     client = make_simulated_client(output.absolute(), watch)
     grid = InProcessGrid(client, len(config.site_names))
-    return run_on(grid, config, output, engine=engine, resume=resume, watch=watch)
+    return run_on(grid, config, output, engine=execution.engine, resume=resume, watch=watch)

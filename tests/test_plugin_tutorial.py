@@ -21,6 +21,7 @@ from fedgraft.server.checkpoints import load_last
 from fedgraft.server.strategy_card import card
 from fedgraft.server.strategy_package import write_package
 from fedgraft.simulations import run as runs
+from fedgraft.simulations.execution import Execution
 from fedgraft.strategies import aggregator, create_aggregator, strategies
 from fedgraft.strategies.contract import StrategyContract
 
@@ -156,7 +157,7 @@ def test_it_runs_on_flowers_engine_with_the_same_result(installed: Path, tiny_fe
     config = tiny_federation.config(strategy="and-mask", rounds=2)
     digests = {}
     for engine in ("inprocess", "flower"):
-        result = runs.simulate(config, tmp_path / engine, engine=engine)  # type: ignore[arg-type]
+        result = runs.simulate(config, tmp_path / engine, execution=Execution(engine))  # type: ignore[arg-type]
         assert (result["status"], result["engine"]) == ("finished", engine)
         digests[engine] = result["digest"]
     assert digests["inprocess"] == digests["flower"]

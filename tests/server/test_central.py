@@ -25,6 +25,7 @@ from fedgraft.server.report.central import central as told_in_report
 from fedgraft.server.report.record import read_record
 from fedgraft.server.rounds import check
 from fedgraft.simulations import run as runs
+from fedgraft.simulations.execution import Execution
 from fedgraft.strategies import Aggregator, Capabilities, aggregator
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-directory.md"
@@ -354,7 +355,7 @@ def test_flowers_engine_draws_and_noises_alike(
     """The seed draws nobody in the first round, and not everybody in the second."""
     config = tiny_federation.config(**SEEDED, rounds=2, **{"seed": 15, "central.sampling_rate": 0.5})
     mine = tiny_federation.run(config, tmp_path / "inprocess")
-    theirs = runs.simulate(config, tmp_path / "flower", engine="flower")
+    theirs = runs.simulate(config, tmp_path / "flower", execution=Execution("flower"))
     assert theirs["central"] == mine["central"]
     resting = [line["resting"] for line in tinyfederation.metrics(tmp_path / "flower", "train")]
     assert resting == [line["resting"] for line in tinyfederation.metrics(tmp_path / "inprocess", "train")]

@@ -26,6 +26,7 @@ from fedgraft.simulations.app import run_folder
 from fedgraft.simulations.engines import flower, inprocess
 from fedgraft.simulations.engines.flower import run_flower
 from fedgraft.simulations.engines.inprocess import InProcessGrid
+from fedgraft.simulations.execution import Execution
 
 # In process
 
@@ -188,7 +189,7 @@ def test_flowers_engine_gives_the_same_adapter_and_leaves_nothing_behind(
     mine = tiny_federation.run(config, tmp_path / "inprocess")
     before = ours()
     threads = os.environ.get("OMP_NUM_THREADS")
-    theirs = runs.simulate(config, tmp_path / "flower", engine="flower")
+    theirs = runs.simulate(config, tmp_path / "flower", execution=Execution("flower"))
     assert os.environ.get("OMP_NUM_THREADS") == threads
     assert (theirs["status"], theirs["engine"], theirs["rounds"]) == ("finished", "flower", 3)
     one, two = (load_last(tmp_path / name / "checkpoints").state for name in ("inprocess", "flower"))
@@ -219,7 +220,7 @@ def test_flowers_engine_resumes_a_run_that_failed(tiny_federation: Any, tmp_path
     values = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**values, "status": "failed", "error": "an earlier failure"}))
     before = ours()
-    result = runs.resume(folder, engine="flower")
+    result = runs.resume(folder, execution=Execution("flower"))
     assert (result["status"], result["rounds"], result["engine"]) == ("finished", 2, "flower")
     one, two = (load_last(place / "checkpoints").state for place in (tmp_path / "whole", folder))
     assert max(float(np.abs(one[name] - two[name]).max()) for name in one) <= 1e-5
@@ -234,7 +235,7 @@ def test_a_mistake_under_flowers_engine_is_the_same_line(tiny_federation: Any, t
     with pytest.raises(
         UserError, match=r"^site \w+: noise multiplier 0\.3 spends epsilon .* raise privacy\.noise_mult"
     ):
-        runs.simulate(config, tmp_path / "run", engine="flower")
+        runs.simulate(config, tmp_path / "run", execution=Execution("flower"))
     assert not (tmp_path / "run").exists()
     assert wait_until_gone(before) == set()
 
@@ -261,7 +262,7 @@ def test_when_flowers_runtime_dies_its_last_word_is_told_and_its_log_kept(
     monkeypatch.setattr(flower, "_superlink", lambda home: contextlib.nullcontext("127.0.0.1:1"))
     monkeypatch.setattr(flower, "_follow", dies)
     with pytest.raises(UserError) as caught:
-        runs.simulate(tiny_federation.config(), tmp_path / "run", engine="flower")
+        runs.simulate(tiny_federation.config(), tmp_path / "run", execution=Execution("flower"))
     kept = tmp_path / "run" / "flower.log"
     assert str(caught.value) == (
         f"Flower's runtime ended before the run did: SomeError: out of memory (whole log: {kept})"
