@@ -149,6 +149,9 @@ class ServerConfig(Section):
     """Rounds and the wire."""
 
     quorum: int = Field(0, ge=0, description="sites that must answer in a round; 0: all")
+    sites_per_round: int = Field(
+        0, ge=0, description="sites that train in a round, drawn anew each round from `seed`; 0: all"
+    )
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's answers")
     join_timeout: float = Field(120.0, gt=0, description="seconds to wait for the sites to appear")
     wire_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="dtype of the tensors on the wire")
@@ -265,6 +268,15 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.server.quorum > len(self.data.sites):
             raise ValueError(f"server.quorum is {self.server.quorum} but there are {len(self.data.sites)} sites")
+        if self.server.sites_per_round > len(self.data.sites):
+            raise ValueError(
+                f"server.sites_per_round is {self.server.sites_per_round} but there are {len(self.data.sites)} sites"
+            )
+        if self.server.sites_per_round and self.central.enabled:
+            raise ValueError(
+                "server.sites_per_round draws from the seed, which central privacy must not; set "
+                "central.sampling_rate instead"
+            )
         if self.privacy.enabled and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"

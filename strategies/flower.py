@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -87,7 +88,7 @@ class PeftStrategy(Strategy):
         """One instruction a site that the aggregator asks, made as it is taken, in the order of the sites' names."""
         self.aggregator.round = server_round
         self.aggregator.start_round(self.state)
-        return self._begin("train", server_round, self.aggregator.asked(self.config.site_names))
+        return self._begin("train", server_round, self._drawn(self.aggregator.asked(self.config.site_names)))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -182,14 +183,23 @@ class PeftStrategy(Strategy):
     def _site_of(self, message: Message) -> str:
         return self.sites.get(message.metadata.src_node_id, "")
 
+    def _drawn(self, sites: Sequence[str]) -> Sequence[str]:
+        """``server.sites_per_round`` of ``sites``, by the seed and the round alone; all of them where it is 0."""
+        most = self.config.server.sites_per_round
+        if not most or most >= len(sites):
+            return sites
+        rng = np.random.default_rng([self.config.seed, 12, self.aggregator.round])
+        return [sites[index] for index in sorted(rng.permutation(len(sites))[:most])]
+
     def _begin(self, kind: Kind, server_round: int, asked: Sequence[str]) -> Iterator[Message]:
-        resting = tuple(site for site in self.config.site_names if site not in asked)
+        training = set(asked)
+        resting = tuple(site for site in self.config.site_names if site not in training)
         self.phase = Phase(kind, server_round, resting=resting)
         self._answered = 0
         self._waiting = set()
         self._sent.clear()
         self._second = None
-        return self._instructions(sorted(site for site in self.sites.values() if site not in resting))
+        return self._instructions(sorted(site for site in self.sites.values() if site in training))
 
     def _instructions(self, names: list[str]) -> Iterator[Message]:
         node_of = {name: node for node, name in self.sites.items()}

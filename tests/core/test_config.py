@@ -92,6 +92,11 @@ def test_total_steps_are_those_of_all_rounds():
         ({"seed": 2**63}, ["`seed`"]),
         ({"name": 3}, ["`name`", "valid string (got 3)"]),
         ({"server": {"quorum": 3}}, ["server.quorum is 3 but there are 2 sites"]),
+        ({"server": {"sites_per_round": 3}}, ["server.sites_per_round is 3 but there are 2 sites"]),
+        (
+            {"server": {"sites_per_round": 1}, "central": {"enabled": True}},
+            ["server.sites_per_round draws from the seed", "set central.sampling_rate"],
+        ),
         ({"train": {"max_grad_norm": -1.0}}, ["`train.max_grad_norm`", "greater than or equal to 0"]),
         ({"strategy_options": {"x": float("inf")}}, ["`strategy_options`", "finite numbers"]),
         ({"strategy_options": {"x": {1, 2}}}, ["`strategy_options`", "finite numbers"]),

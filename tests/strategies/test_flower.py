@@ -120,6 +120,37 @@ def test_instructions_go_out_in_the_order_of_the_sites_names_whatever_their_node
         assert message.metadata.ttl == 7
 
 
+def test_so_many_sites_as_asked_for_train_in_a_round_drawn_from_seed_and_round_alone() -> None:
+    def drawn(seed: int, number: int) -> tuple[str, ...]:
+        strategy = make(config(seed=seed, server={"sites_per_round": 2}))
+        sites = tuple(SITES[message.metadata.dst_node_id] for message in train(strategy, number))
+        assert sorted((*sites, *strategy.phase.resting)) == sorted(SITES.values())
+        return sites
+
+    rounds = [drawn(1, number) for number in range(1, 301)]
+    assert {len(set(sites)) for sites in rounds} == {2}
+    assert rounds[6] == drawn(1, 7)
+    assert rounds != [drawn(2, number) for number in range(1, 301)]
+    # A pair comes in a third of the rounds: 100 of 300, standard deviation 8.
+    for pair in {("east", "north"), ("east", "south"), ("north", "south")}:
+        assert abs(rounds.count(pair) - 100) < 40
+
+
+def test_who_rests_in_a_round_is_evaluated_all_the_same() -> None:
+    strategy = make(config(server={"sites_per_round": 1}))
+    (only,) = train(strategy)
+    assert strategy.phase.resting == tuple(s for node, s in SITES.items() if node != only.metadata.dst_node_id)
+    assert len(evaluate(strategy)) == 3
+
+
+def test_a_round_in_which_all_drawn_sites_answered_stands_whatever_the_quorum() -> None:
+    strategy = make(config(server={"sites_per_round": 1, "quorum": 0}), state(5))
+    (only,) = train(strategy)
+    site = SITES[only.metadata.dst_node_id]
+    assert strategy.aggregate_train(1, list(replies([only], **{site: update(site, 2)}))) != (None, None)
+    assert strategy.state["b"].tolist() == state(2)["b"].tolist()
+
+
 def test_instructions_are_made_as_they_are_taken() -> None:
     strategy = make()
     messages = iter(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), None))  # type: ignore[arg-type]
