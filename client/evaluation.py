@@ -9,22 +9,45 @@ import torch
 
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
+from ..core.profile import section
 from ..core.tasks import Example
 from ..privacy.release import Scores
+from .devicememory import Note, PhysicalBatch, told_when_full
 from .resident import Resident
 from .trainer import autocast, by_length, to_device
 
 
-def evaluate(resident: Resident, state: AdapterState, examples: Sequence[Example], config: RunConfig) -> Scores:
-    """Scores of the adapter ``state`` on each of ``examples``, in their order. They must not leave the site as such."""
+def evaluate(
+    resident: Resident,
+    state: AdapterState,
+    examples: Sequence[Example],
+    config: RunConfig,
+    *,
+    note: Note = lambda text: None,
+) -> Scores:
+    """Scores of the adapter ``state`` on each of ``examples``, in their order. They must not leave the site as such.
+
+    Where memory runs out, fewer examples pass at a time, which ``note`` is told once; raises :class:`UserError` when
+    even one is too much.
+    """
     resident.adapter.write(state)
     resident.adapter.model.eval()
     found = {key: np.zeros(len(examples)) for key in ("examples", "correct", "loss_sum")}
     numbered = [{**example, "at": at} for at, example in enumerate(examples)]
-    with torch.inference_mode(), autocast(config.train, resident.device):
-        for batch in by_length(numbered, range(len(numbered)), config.evaluate.batch_size):
+
+    def score(size: int) -> None:
+        for batch in by_length(numbered, range(len(numbered)), size):
             tensors = to_device(resident.task.collate(batch, resident.base.processor), resident.device)
             where = [example["at"] for example in batch]
             for key, values in resident.task.counts(resident.adapter.model, tensors).items():
                 found[key][where] = values.double().cpu().numpy()
+
+    batch = PhysicalBatch(resident, config, "evaluate.batch_size", config.evaluate.batch_size, note)
+    with (
+        section("evaluation"),
+        told_when_full(resident.device, config),
+        torch.inference_mode(),
+        autocast(config.train, resident.device),
+    ):
+        batch.run(score, most=len(examples))
     return Scores(**found)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig, TrainConfig
 from ..core.errors import UserError
+from ..core.profile import section
 from ..core.tasks import Batch, Example
 from ..privacy.adaptive import adapted
 from ..privacy.clipping import ClippedGradients, create_engine
@@ -25,6 +27,7 @@ from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
 from ..privacy.sampling import Sample, draw, shares, shuffled_batches
 from ..strategies import LocalRule
+from .devicememory import Note, PhysicalBatch, told_when_full
 from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
@@ -63,6 +66,7 @@ class Lesson:
     noise: CorrelatedNoise | None = None
     on_step: OnStep = lambda step, loss: None
     rule: LocalRule | None = None
+    note: Note = lambda text: None
 
     def train(self) -> Trained:
         """Train alone."""
@@ -80,6 +84,7 @@ class Lesson:
             noise=self.noise,
             on_step=self.on_step,
             rule=self.rule,
+            note=self.note,
         )
 
 
@@ -140,6 +145,7 @@ def train(
     on_step: OnStep = lambda step, loss: None,
     create: EngineFactory = create_engine,
     rule: LocalRule | None = None,
+    note: Note = lambda text: None,
 ) -> Trained:
     """Train ``state`` for ``train.local_steps`` steps and return it.
 
@@ -152,6 +158,9 @@ def train(
     adapts takes ``clip``, the bound that the last round ended with. ``create`` makes the engine that clips; the audit
     puts one that it watches in its place. ``rule``: what the strategy has the site do otherwise; under privacy it sees
     gradients that are clipped and noised, and where it lets some tensors rest, only the others are clipped and noised.
+
+    A step for which memory runs out begins again with the same sample in smaller parts, which ``note`` is told once;
+    raises :class:`UserError` when even one example is too much.
     """
     adapter, settings = resident.adapter, config.train
     if plan is not None and settings.precision == "fp16":
@@ -159,14 +168,16 @@ def train(
     adapter.adopt(state.spec)
     adapter.write(state)
     trainables = adapter.trainables()
-    optimizer = _optimizer(settings, trainables.values())
+    optimizer = optimizer_of(settings, trainables.values())
     first = (round - 1) * settings.local_steps
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, first + step, config.total_steps))
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
-    course = _Course(rule, state, trainables)
+    course = Course(rule, state, trainables)
+    batch = PhysicalBatch(resident, config, "train.micro_batch", settings.micro_batch, note, private=plan is not None)
     with (
-        _training_mode(
+        told_when_full(resident.device, config),
+        training_mode(
             adapter.model,
             settings,
             # Opacus's hooks see each layer once only when the recomputation is reentrant.
@@ -177,7 +188,7 @@ def train(
     ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
         if plan is None:
-            losses = _plain_steps(resident, course, examples, config, stream, optimizer, schedule, on_step)
+            losses = _plain_steps(resident, course, examples, config, batch, stream, optimizer, schedule, on_step)
         else:
             losses, sampler = [], Sampler(plan, groups, keys, stream)
             source = noise if noise is not None else stream
@@ -193,7 +204,13 @@ def train(
                         made = create(config.privacy.engine, adapter.model, course.active, clip)
                         gradients = engine.enter_context(made)
                     number = plan.first_step + step
-                    _private_step(resident, examples, sampler.sample(number), config, gradients, plan)
+                    with section("data"):
+                        sample = sampler.sample(number)
+                    batch.run(
+                        partial(private_gradients, resident, examples, sample, config, gradients, plan),
+                        gradients.drop,
+                        most=len(sample.records),
+                    )
                     counted = (gradients.within, gradients.over) if plan.clip_quantile else ()
                     # An empty sample still releases its noise: skipping the step would tell that it was empty.
                     gradients.release(plan.gradient_noise, plan.expected_batch, plan.noise_for(source, number))
@@ -207,9 +224,10 @@ def train(
                             expected=plan.expected_batch,
                             stream=stream,
                         )
-                    course.direct(step)
-                    optimizer.step()
-                    schedule.step()
+                    with section("optimizer"):
+                        course.direct(step)
+                        optimizer.step()
+                        schedule.step()
                     on_step(step + 1, None)
             if not plan.clip_quantile:
                 clip = None
@@ -224,7 +242,7 @@ def train(
     return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None, clip)
 
 
-class _Course:
+class Course:
     """Which tensors train at a step, and in what direction, as a strategy's rule says."""
 
     def __init__(self, rule: LocalRule | None, state: AdapterState, trainables: dict[str, nn.Parameter]) -> None:
@@ -290,58 +308,81 @@ class Sampler:
 
 def _plain_steps(
     resident: Resident,
-    course: _Course,
+    course: Course,
     examples: Sequence[Example],
     config: RunConfig,
+    batch: PhysicalBatch,
     stream: RandomStream,
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
     on_step: OnStep,
 ) -> list[float]:
-    settings, task, model = config.train, resident.task, resident.adapter.model
+    settings = config.train
     scaler = torch.amp.GradScaler(resident.device.type, enabled=settings.precision == "fp16")
     batches = shuffled_batches(len(examples), settings.batch_size, stream)
     means = []
     for step in range(settings.local_steps):
         course.changes(step)
-        chosen = next(batches)
-        total = 0.0
+        with section("data"):
+            chosen = next(batches)
         optimizer.zero_grad(set_to_none=True)
-        for micro in by_length(examples, chosen, settings.micro_batch):
-            batch = to_device(task.collate(micro, resident.base.processor), resident.device)
-            with autocast(settings, resident.device):
-                loss = task.losses(model, batch).sum() / len(chosen)
-            scaler.scale(loss).backward()
-            total += float(loss.detach())
+        loss = batch.run(
+            partial(plain_gradients, resident, examples, chosen, config, scaler),
+            partial(optimizer.zero_grad, set_to_none=True),
+            most=len(chosen),
+        )
         scaler.unscale_(optimizer)
         if settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(course.active.values(), settings.max_grad_norm)
-        course.direct(step)
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        means.append(total)
-        on_step(step + 1, total)
+            with section("clip"):
+                nn.utils.clip_grad_norm_(course.active.values(), settings.max_grad_norm)
+        with section("optimizer"):
+            course.direct(step)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+        means.append(loss)
+        on_step(step + 1, loss)
     return means
 
 
-def _private_step(
+def plain_gradients(
+    resident: Resident,
+    examples: Sequence[Example],
+    chosen: np.ndarray,
+    config: RunConfig,
+    scaler: torch.amp.GradScaler,
+    size: int,
+) -> float:
+    """Add the gradient of the mean loss of ``chosen``, ``size`` at a time, to each ``grad``; gives the mean loss."""
+    total = 0.0
+    for micro in by_length(examples, chosen, size):
+        with section("data"):
+            batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
+        with section("forward"), autocast(config.train, resident.device):
+            loss = resident.task.losses(resident.adapter.model, batch).sum() / len(chosen)
+        with section("backward"):
+            scaler.scale(loss).backward()
+            total += float(loss.detach())
+    return total
+
+
+def private_gradients(
     resident: Resident,
     examples: Sequence[Example],
     sample: Sample,
     config: RunConfig,
     gradients: ClippedGradients,
     plan: PrivacyPlan,
+    size: int,
 ) -> None:
-    """Add the clipped gradients of ``sample`` to the step's sum."""
-    task = resident.task
+    """Add the clipped gradients of ``sample``, ``size`` records at a time, to the step's sum."""
     # Where the rows of a whole batch would not fit into memory, smaller ones add up to the same.
-    size = min(config.train.micro_batch, getattr(gradients, "most_rows", config.train.micro_batch))
-    for micro, units in by_unit(examples, sample, size):
-        batch = to_device(task.collate(micro, resident.base.processor), resident.device)
+    for micro, units in by_unit(examples, sample, min(size, getattr(gradients, "most_rows", size))):
+        with section("data"):
+            batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
         gradients.expect(len(micro))
-        with autocast(config.train, resident.device):
-            losses = task.losses(resident.adapter.model, batch)
+        with section("forward"), autocast(config.train, resident.device):
+            losses = resident.task.losses(resident.adapter.model, batch)
         if plan.records_per_patient == 1:
             gradients.add(losses)
             continue
@@ -351,7 +392,7 @@ def _private_step(
         gradients.add(losses, torch.from_numpy(units).to(losses.device))
 
 
-def _optimizer(settings: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer_of(settings: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -376,7 +417,7 @@ def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-class _training_mode:
+class training_mode:
     """Dropout and checkpointing as configured while training; everything else stays in evaluation mode.
 
     Normalisation layers never switch: a frozen BatchNorm in training mode would carry batch statistics out of the

@@ -34,6 +34,14 @@ class NonFiniteError(UserError):
     """A tensor holds NaN or infinity."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a device, or this machine, that had no room left for a tensor."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def one_line(error: BaseException) -> str:
     """The text of ``error`` on one line, prefixed by its type when it is not a :class:`UserError`."""
     text = _printable(error)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...core.errors import UserError
+from ...core.errors import UserError, is_out_of_memory
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .forms import form_of
 from .ghost import LARGE, KeptMatrix
@@ -221,6 +221,8 @@ class ExactGradients(ClippedGradients):
             dimensions = batch_dimensions(results[0], whole)
             result = joined(results, dimensions)
         except (RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise refusal(name, f"its layer takes no single example: {type(error).__name__}") from None
         for alone, every in zip(tensors(result), tensors(whole), strict=True):
             # Where dropout was drawn, two passes are never equal.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...core.errors import UserError
+from ...core.profile import section
 from .separate import require_listed, require_separate
 
 # How far a row may lie from its own backward pass: a wrong rule is wrong by a multiple, bf16 by a few thousandths. The
@@ -86,7 +87,7 @@ class ClippedGradients(ABC):
     def __init__(self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> None:
         self.trainables = dict(trainables)
         self.clip = clip
-        self.skipped = self.within = self.over = 0
+        self.skipped = self.within = self.over = self._skipped_before = 0
         self._model = model
         self._expected: int | None = None
         self._verified = False
@@ -164,13 +165,35 @@ class ClippedGradients(ABC):
         # Under autocast the sums below would be in half precision, and the bound with them.
         with torch.autocast(losses.device.type, enabled=False):
             verify = not self._verified and len(losses) > 1
-            blocks = self._rows(losses, keep_graph=verify)
-            norms = self._accumulate(blocks, units)
+            with section("backward"):
+                blocks = self._rows(losses, keep_graph=verify)
+            with section("clip"):
+                norms = self._accumulate(blocks, units)
             # A row that is not finite spoils the backward pass of every other: the next batch is verified instead.
             if verify and all(map(math.isfinite, norms)) and any(norms):
                 row = max(row for row, norm in enumerate(norms) if norm)
-                self._verify(losses, row, norms[row])
+                with section("backward"):
+                    self._verify(losses, row, norms[row])
                 self._verified = True
+
+    def drop(self) -> None:
+        """Forget what was added since the last :meth:`release`, and any forward pass that broke off, for a step that
+        begins again with the same sample."""
+        self._sum = self._expected = None
+        self.within = self.over = 0
+        self.skipped = self._skipped_before
+        self._detach()
+        self._attach()
+
+    def rehearse(self, losses: torch.Tensor) -> None:
+        """Take the memory that :meth:`add` would take, and keep nothing: no row is verified, nothing joins the sum."""
+        with torch.autocast(losses.device.type, enabled=False):
+            blocks = self._rows(losses, keep_graph=False)
+            _norms(blocks, None, 0)
+            for block in blocks:
+                block.total([0.5] * len(losses))
+        self._detach()
+        self._attach()
 
     def _accumulate(self, blocks: Sequence[Block], units: torch.Tensor | None) -> list[float]:
         """Add the rows to the sum, each unit's scaled to norm C at most; gives the norm of each row by itself."""
@@ -219,7 +242,9 @@ class ClippedGradients(ABC):
             total = torch.zeros(size, dtype=wide(layout[0].dtype), device=layout[0].device)
         self._sum = None
         self.within = self.over = 0
-        noisy = (total + noise_multiplier * self.clip * noise.normal_like(total)) / expected_batch
+        self._skipped_before = self.skipped
+        with section("noise"):
+            noisy = (total + noise_multiplier * self.clip * noise.normal_like(total)) / expected_batch
         at = 0
         for parameter in layout:
             size = parameter.numel()
