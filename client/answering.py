@@ -218,6 +218,10 @@ class SiteClient:
         )
         return answer
 
+    def _noting(self, site: str) -> Callable[[str], None]:
+        """What tells whoever watches, at the site, something about its training."""
+        return lambda text: self._watch.note(f"site {site}: {text}")
+
     def _refusal(self, error: Exception, visit: _Visit) -> RecordDict:
         log.error("site %s: %s", visit.site, one_line(error), exc_info=not isinstance(error, UserError))
         if isinstance(error, PrivateError) or not isinstance(error, UserError):
@@ -313,6 +317,7 @@ class SiteClient:
                 noise=noise,
                 on_step=on_step,
                 rule=rule,
+                note=self._noting(here.site),
             )
             personal = yield from self._personal(rule, known, received, prepared, model, config, job, here.site)
         except BaseException:
@@ -427,6 +432,7 @@ class SiteClient:
             round=job.round,
             plan=None,
             rule=own,
+            note=self._noting(site),
         )
         return {_PERSONAL: trained.state.only(received.spec.bare.names)}
 
@@ -440,7 +446,7 @@ class SiteClient:
         if config.evaluation_release == "noised":
             metrics = self._noised_counts(job, config, here.site, prepared, model, state)
         elif config.evaluation_release == "exact_not_private":
-            metrics = evaluate(model, state, prepared.held_out, config).exact()
+            metrics = evaluate(model, state, prepared.held_out, config, note=self._noting(here.site)).exact()
         privacy = promise(config, prepared)
         return encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
 
@@ -450,7 +456,7 @@ class SiteClient:
         """Evaluation counts that the budget of the held-out units has paid for."""
         event = event_of_release(job, config, prepared)
         reserved = reserve(job, config, prepared, event, "held-out")
-        scores = evaluate(model, state, prepared.held_out, config)
+        scores = evaluate(model, state, prepared.held_out, config, note=self._noting(site))
         if config.privacy.seeded_noise_not_private:
             stream = RandomStream.seeded_not_private(config.seed, site, job.round, "evaluation")
         else:
