@@ -1,6 +1,6 @@
 """PEFT methods: how each attaches to a base model and what its tensors mean."""
 
-from . import bitfit, core_lora, fusion, ia3, layernorm, lora, prefix, prompt
+from . import bitfit, core_lora, full, fusion, ia3, layernorm, lora, prefix, prompt
 from .attach import AttachedAdapter, attach
 from .registry import Method, create_method, methods, register
 
@@ -11,6 +11,7 @@ __all__ = [
     "bitfit",
     "core_lora",
     "create_method",
+    "full",
     "fusion",
     "ia3",
     "layernorm",

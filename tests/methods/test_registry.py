@@ -11,7 +11,11 @@ from fedgraft.methods import create_method, methods
 def test_all_methods_are_registered_and_described() -> None:
     found = methods()
     assert [method.name for method in found] == [
-        *("adapterfusion", "bitfit", "dora", "ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan", "rslora")
+        "adapterfusion",
+        "bitfit",
+        "dora",
+        "full",
+        *("ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan", "rslora"),
     ]
     for method in found:
         assert method.summary and method.source
@@ -29,5 +33,5 @@ def test_an_unknown_method_suggests_the_nearest(name: str, meant: str) -> None:
 
 
 def test_a_method_like_no_other_lists_them_all() -> None:
-    with pytest.raises(UserError, match="unknown method `zzz`; there are adapterfusion, bitfit, dora, ia3, ln, lora"):
+    with pytest.raises(UserError, match="unknown method `zzz`; there are adapterfusion, bitfit, dora, full, ia3, ln, lora"):
         create_method("zzz")
