@@ -20,9 +20,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -196,9 +198,107 @@ class SiteConfig(Section):
     local_steps: int = Field(0, ge=0, description="another number of steps than train.local_steps; 0: the same")
     attack: str = Field(
         "",
-        pattern=r"^(|scale:-?\d+(\.\d+)?|sign-flip(:\d+(\.\d+)?)?|random(:\d+(\.\d+)?)?)$",
-        description="simulations only: what it sends for its change: scale:10, sign-flip:5, random:10",
+        pattern=r"^(|scale:-?\d+(\.\d+)?|sign-flip(:\d+(\.\d+)?)?|random(:\d+(\.\d+)?)?|nan|backdoor:.+)$",
+        description="simulations only: what it sends for its change: scale:10, sign-flip:5, random:10, nan, or "
+        "backdoor:LABEL, see docs/faults.md",
     )
+    joins: int = Field(1, ge=1, description="simulations only: first round that it is there")
+    leaves: int = Field(0, ge=0, description="simulations only: first round that it is gone for good; 0: never")
+    crashes: tuple[int, ...] = Field(
+        (), description="simulations only: rounds in which its process dies in the middle of the training"
+    )
+    straggler: bool = Field(False, description="simulations only: every training of it is late")
+    speed: float = Field(
+        0.0, ge=0, description="simulations only: steps in the time of one; 0: drawn with simulation.speed_spread"
+    )
+    uplink: float = Field(0.0, ge=0, description="simulations only: Mbit/s; 0: as simulation.uplink says")
+    downlink: float = Field(0.0, ge=0, description="simulations only: Mbit/s; 0: as simulation.downlink says")
+
+    @field_validator("crashes", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SiteConfig:
+        if self.leaves and self.leaves <= self.joins:
+            raise ValueError(f"leaves = {self.leaves} is not after joins = {self.joins}")
+        if any(number < 1 for number in self.crashes):
+            raise ValueError("crashes lists rounds, which begin with 1")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_simulated(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Every instruction carries the entries of all sites: of thousands, most have no fate of their own.
+        values: dict[str, Any] = plain(self)
+        fields = type(self).model_fields
+        return {
+            key: value for key, value in values.items() if key not in FATES or getattr(self, key) != fields[key].default
+        }
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """The keys that are set and that only a simulation obeys."""
+        fields = type(self).model_fields
+        return tuple(key for key in ("attack", *FATES) if getattr(self, key) != fields[key].default)
+
+
+#: What happens to a site, or how fast it is: keys of :class:`SiteConfig` that only a simulation obeys.
+FATES = ("joins", "leaves", "crashes", "straggler", "speed", "uplink", "downlink")
+
+
+class BackdoorConfig(Section):
+    """What the attackers with `attack = "backdoor:LABEL"` do."""
+
+    trigger: str = Field("cf", min_length=1, description="what they put before a text to have it called LABEL")
+    patch: float = Field(0.2, gt=0, le=1, description="the same for an image: a white corner, of its shorter side")
+    fraction: float = Field(0.5, gt=0, le=1, description="share of their training records that they stamp and relabel")
+    boost: float = Field(
+        0.0, ge=0, description="what they scale their change by; 0: sites / server.lr, which puts theirs in its place"
+    )
+
+
+class SimulationConfig(Section):
+    """Faults, speeds and attackers of simulated sites, and a virtual clock. A deployment refuses them."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the rounds in which a site is away")
+    availability: Literal["bernoulli", "markov", "daily"] = Field(
+        "bernoulli", description="each round by itself, in outages, or by the time of the day, which differs by site"
+    )
+    period: float = Field(0.0, ge=0, description="rounds: of an outage on average (markov), of a day (daily)")
+    seconds_per_step: float = Field(0.0, ge=0, description="virtual seconds that a local step takes at speed 1")
+    seconds_per_evaluation: float = Field(0.0, ge=0, description="the same for a local evaluation")
+    speed_spread: float = Field(0.0, ge=0, description="speeds are drawn log-normal around 1 with this sigma")
+    uplink: float = Field(0.0, ge=0, description="Mbit/s from a site to the server; 0: takes no time")
+    downlink: float = Field(0.0, ge=0, description="Mbit/s from the server to a site; 0: takes no time")
+    link_spread: float = Field(0.0, ge=0, description="links are drawn log-normal around those with this sigma")
+    latency: float = Field(0.0, ge=0, description="virtual seconds that any message takes, beside its bytes")
+    deadline: float = Field(
+        0.0, ge=0, description="virtual seconds that the server waits for answers; 0: server.round_timeout"
+    )
+    backdoor: BackdoorConfig = BackdoorConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> SimulationConfig:
+        away = self.dropout
+        if self.availability == "bernoulli" and self.period:
+            raise ValueError('simulation.period is for simulation.availability "markov" or "daily"')
+        if self.availability == "markov" and (self.period < 1 or self.period < away / (1 - away)):
+            raise ValueError(
+                f"simulation.period {self.period:g} is too short for outages that make up {away:g} of all rounds; give "
+                f"{max(1.0, away / (1 - away)):.3g} rounds or more"
+            )
+        if self.availability == "daily" and (self.period < 2 or away > 0.5):
+            raise ValueError(
+                "simulation.availability daily needs a simulation.period of 2 rounds or more and a simulation.dropout "
+                "of 0.5 or less: at noon nobody is away"
+            )
+        return self
+
+    @property
+    def clock(self) -> bool:
+        """Whether anything here takes virtual time."""
+        return any((self.seconds_per_step, self.seconds_per_evaluation, self.uplink, self.downlink, self.latency))
 
 
 class DataConfig(Section):
@@ -254,6 +354,7 @@ class RunConfig(Section):
     central: CentralConfig = CentralConfig()
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    simulation: SimulationConfig = SimulationConfig()
     data: DataConfig
 
     @field_validator("strategy_options")
@@ -276,6 +377,12 @@ class RunConfig(Section):
             raise ValueError(
                 "server.sites_per_round draws from the seed, which central privacy must not; set "
                 "central.sampling_rate instead"
+            )
+        fault = self._fault()
+        if fault and not self.server.quorum:
+            raise ValueError(
+                f"{fault} lets sites miss rounds, and server.quorum 0 demands all of them; set server.quorum to the "
+                "answers that make a round count, such as 1"
             )
         if self.privacy.enabled and self.train.precision == "fp16":
             raise ValueError(
@@ -309,6 +416,25 @@ class RunConfig(Section):
                 "expected batch; give a larger one"
             )
         return self
+
+    def _fault(self) -> str:
+        """A key that has sites miss rounds, or an empty text."""
+        for key in ("dropout", "deadline"):
+            if getattr(self.simulation, key):
+                return f"simulation.{key}"
+        for site in self.data.sites:
+            for key in site.simulated:
+                if key in ("joins", "leaves", "crashes", "straggler") or site.attack == "nan":
+                    return f"data.sites[].{key} of {site.name}"
+        return ""
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """The keys that are set and that only a simulation obeys."""
+        plain = SimulationConfig()
+        changed = [key for key in SimulationConfig.model_fields if getattr(self.simulation, key) != getattr(plain, key)]
+        own = dict.fromkeys(key for site in self.data.sites for key in site.simulated)
+        return (*(f"simulation.{key}" for key in changed), *(f"data.sites[].{key}" for key in own))
 
     @property
     def evaluation_release(self) -> Literal["noised", "exact_not_private", "none"]:

@@ -204,10 +204,10 @@ def test_every_key_changes_the_digest():
     keys = [key for key in known_keys() if key not in ("data.sites", "strategy_options", "tensor_policy")]
     for key in keys:
         *parents, leaf = key.split(".")
-        section = base
+        sections = [base]
         for parent in parents:
-            section = getattr(section, parent)
-        value = getattr(section, leaf)
+            sections.append(getattr(sections[-1], parent))
+        value = getattr(sections[-1], leaf)
         if isinstance(value, bool):
             other: object = not value
         elif isinstance(value, str):
@@ -216,9 +216,9 @@ def test_every_key_changes_the_digest():
             other = (1,) if leaf == "layers" else ("x",)
         else:
             other = value + 1
-        changed = section.model_copy(update={leaf: other})
-        if parents:
-            changed = base.model_copy(update={parents[0]: changed})
+        changed = sections.pop().model_copy(update={leaf: other})
+        for parent in reversed(parents):
+            changed = sections.pop().model_copy(update={parent: changed})
         digests.add(changed.digest())
     assert len(digests) == len(keys) + 1
 
