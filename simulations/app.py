@@ -37,7 +37,12 @@ def run_folder(context: Context) -> Path:
 
 
 def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> ClientApp:
-    """A ClientApp whose sites keep their records in the run directory (``folder``, or what the context says).
+    """A ClientApp of simulated sites; see :func:`simulated`."""
+    return make_client_app(simulated(folder), watch)
+
+
+def simulated(folder: Path | None = None) -> Surroundings:
+    """Sites that keep their records in the run directory (``folder``, or what the context says).
 
     A site that finds a `policy.toml` in its folder there keeps to it; the others have nobody to protect, and let out
     whatever the run asks for, and are attackers where it says so.
@@ -53,7 +58,7 @@ def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> 
     def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
         return site_data(config)[site]
 
-    return make_client_app(Surroundings(own_name, place, policy, data, attacking), watch)
+    return Surroundings(own_name, place, policy, data, attacking)
 
 
 client = make_simulated_client()
