@@ -3,6 +3,9 @@
 One JSON line an entry, with its own SHA-256 and that of the line before. A line is on the disk before :meth:`append`
 returns, so a crash can only leave a torn last line, which does not count and which the next one replaces. The hashes
 find damage and careless edits; whoever may write the file can also write a new one.
+
+A journal that is not ``durable`` leaves it to the operating system when its lines reach the disk: they outlive the
+death of the process, not a loss of power. For simulated sites, which protect nobody.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from ..core.errors import UserError
 #: What a line adds to the entry that it holds.
 CHAIN = ("before", "sha256")
 _START = "0" * 64
-_BLOCK = 1 << 16
+_BLOCK = 1 << 12
 
 
 class DamagedError(UserError):
@@ -40,8 +43,9 @@ class Journal:
     that a line of it was changed.
     """
 
-    def __init__(self, path: Path, *, name: str, stop: str, damage: str) -> None:
+    def __init__(self, path: Path, *, name: str, stop: str, damage: str, durable: bool = True) -> None:
         self.path = path
+        self._durable = durable
         self._name = name
         self._stop = stop
         self._damage = damage
@@ -83,16 +87,18 @@ class Journal:
         Only the last line is checked: it is all that the next one hangs on.
         """
         try:
-            with locked(self.path) as file:
+            with locked(self.path, durable=self._durable) as file:
                 size = os.fstat(file).st_size
                 end, last = self._end(file, size)
                 chained, line = _line(entry, last)
                 if end < size:
                     os.ftruncate(file, end)
                 _write(file, end, line)
-                if end == 0:
-                    # Whoever made these folders may have died before they were on the disk.
-                    _sync(self.path.parent, self.path.parent.parent)
+                if self._durable:
+                    os.fsync(file)
+                    if end == 0:
+                        # Whoever made these folders may have died before they were on the disk.
+                        _sync(self.path.parent, self.path.parent.parent)
         except OSError as error:
             raise self.cannot_write(error) from None
         return chained
@@ -126,23 +132,33 @@ class Journal:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """The file at ``path``, created where needed, with nobody else in it; new folders are on the disk at the end."""
-    changed = []
-    folder = path.parent
+def locked(path: Path, *, durable: bool = True) -> Iterator[int]:
+    """The file at ``path``, created where needed, with nobody else in it.
+
+    ``durable``: the folders that changed by it are on the disk at the end.
+    """
+    changed: list[Path] = []
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        file, changed = _created(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+        if durable:
+            _sync(*changed)
+    finally:
+        os.close(file)
+
+
+def _created(path: Path) -> tuple[int, list[Path]]:
+    """The file at ``path``, open, and the folders that changed by its making."""
+    changed, folder = [path.parent], path.parent
     while not folder.exists():
         folder = folder.parent
         changed.append(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        changed.append(path.parent)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-        _sync(*changed)
-    finally:
-        os.close(file)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600), changed
 
 
 def _sync(*folders: Path) -> None:
@@ -187,10 +203,9 @@ def _lines_before(file: int, end: int) -> int:
 
 
 def _write(file: int, end: int, line: bytes) -> None:
-    """Write ``line`` at ``end``, on a line of its own, and return once it is on the disk."""
+    """Write ``line`` at ``end``, on a line of its own."""
     starts_line = end == 0 or os.pread(file, 1, end - 1) == b"\n"
     rest = memoryview((b"" if starts_line else b"\n") + line + b"\n")
     os.lseek(file, end, os.SEEK_SET)
     while rest:
         rest = rest[os.write(file, rest) :]
-    os.fsync(file)

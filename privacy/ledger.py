@@ -126,7 +126,8 @@ class Ledger:
     and no data (a server's ledger), that file stands in place of the folder. ``dataset``: the name under which
     the budget adds up; the entries of other names are left out, unless they were made on these very data. Without a
     name everything in the folder counts. ``unit``: the privacy unit (record or patient) that the entries protect; a
-    ledger that holds another one is refused: what a record was promised says nothing of a patient.
+    ledger that holds another one is refused: what a record was promised says nothing of a patient. ``durable``: see
+    :mod:`fedgraft.privacy.journal`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Ledger:
         dataset: str = "",
         unit: str = "",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        durable: bool = True,
     ) -> None:
         if fingerprint and not re.fullmatch("[0-9a-f]{16,}", fingerprint):
             raise ValueError("a fingerprint is a SHA-256 in hex")
@@ -146,6 +148,7 @@ class Ledger:
         self.dataset = dataset
         self.unit = unit
         self._clock = clock
+        self._durable = durable
         self._memory: list[dict[str, Any]] = []
         self._journals: dict[Path, Journal] = {}
 
@@ -358,7 +361,9 @@ class Ledger:
         ]
 
     def _journal(self, path: Path) -> Journal:
-        return self._journals.setdefault(path, ledger_file(path))
+        if path not in self._journals:
+            self._journals[path] = ledger_file(path, durable=self._durable)
+        return self._journals[path]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -369,28 +374,29 @@ class Ledger:
         single = self._single
         lock = self.folder / _LOCK if single is None else single.with_name(f".{single.stem}{_LOCK}")
         try:
-            with locked(lock):
+            with locked(lock, durable=self._durable):
                 yield
         except OSError as error:
-            raise ledger_file(self.path).cannot_write(error) from None
+            raise self._journal(self.path).cannot_write(error) from None
 
     def _append(self, values: dict[str, Any]) -> str:
         if self.path is None:
             self._memory.append(values)
             return ""
-        return str(ledger_file(self.path).append(values)["sha256"])
+        return str(self._journal(self.path).append(values)["sha256"])
 
     def _damaged(self, line: _Line) -> UserError:
         return ledger_file(line.path or Path("ledger")).damaged(line.number, "is no entry of a ledger")
 
 
-def ledger_file(path: Path) -> Journal:
+def ledger_file(path: Path, *, durable: bool = True) -> Journal:
     """The journal that a ledger's file is."""
     return Journal(
         path,
         name="ledger",
         stop="nothing is trained",
         damage="the budget spent is unknown, so nothing is trained: restore the file from a backup",
+        durable=durable,
     )
 
 
