@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from ..core.config import RunConfig
 from ..core.errors import UserError
-from ..strategies.compose import compose, ranks
+from ..strategies.compose import compose
 from .resident import Resident
 
 
 def own_version(config: RunConfig, site: str) -> RunConfig:
     """The configuration with what is written for this site alone: its base model, rank and local steps."""
-    own = next((entry for entry in config.data.sites if entry.name == site), None)
+    own = config.site(site)
     if own is None or not (own.model or own.rank or own.memory or own.local_steps):
         return config
-    method = config.method.model_copy(update={"rank": ranks(config)[site]})
+    method = config.method.model_copy(update={"rank": config.ranks[site]})
     train = config.train.model_copy(update={"local_steps": own.local_steps or config.train.local_steps})
     return config.model_copy(update={"model": own.model or config.model, "method": method, "train": train})
 

@@ -243,7 +243,8 @@ class Policy:
         """
         if len(self.datasets) == 1 and not chosen:
             return self.datasets[0]
-        asked = next((entry.path for entry in config.data.sites if entry.name == site), "")
+        entry = config.site(site)
+        asked = entry.path if entry is not None else ""
         for dataset in self.datasets:
             if dataset.name == (chosen or asked):
                 return dataset
@@ -271,9 +272,9 @@ class Policy:
                 yield no("the job's noise comes from its seed", "require", "secret_noise")
             if not _listed(privacy.engine, self.allow.engines):
                 yield no(f"the job asks for privacy.engine {privacy.engine}", "allow", "engines")
-        attackers = [site.name for site in config.data.sites if site.attack]
-        if self.require.honest and attackers:
-            yield no(f"the job has site {attackers[0]} attack (data.sites[].attack)", "require", "honest")
+        attacker = next((s.name for s in config.data.sites if s.attack), "") if self.require.honest else ""
+        if attacker:
+            yield no(f"the job has site {attacker} attack (data.sites[].attack)", "require", "honest")
         if dataset.patient_column and config.data.patient_column != dataset.patient_column:
             yield no(
                 f"the job takes the column `{config.data.patient_column}` for the patient (data.patient_column)",

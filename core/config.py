@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -47,6 +49,13 @@ class Section(BaseModel):
 
     def to_json(self) -> str:
         return self.model_dump_json()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        # What the original came to, and has kept, says nothing of a changed copy.
+        for kept in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[kept]
+        return copied
 
 
 class MethodConfig(Section):
@@ -428,7 +437,7 @@ class RunConfig(Section):
                     return f"data.sites[].{key} of {site.name}"
         return ""
 
-    @property
+    @cached_property
     def simulated(self) -> tuple[str, ...]:
         """The keys that are set and that only a simulation obeys."""
         plain = SimulationConfig()
@@ -443,12 +452,47 @@ class RunConfig(Section):
             return "noised" if self.privacy.enabled else "exact_not_private"
         return self.evaluate.release
 
-    def __hash__(self) -> int:
-        return hash(self.to_json())
+    # Thousands of sites make a long text, which is asked for with every message.
+    @cached_property
+    def _json(self) -> str:
+        return self.model_dump_json()
 
-    @property
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _sites(self) -> Mapping[str, SiteConfig]:
+        return {site.name: site for site in self.data.sites}
+
+    def to_json(self) -> str:
+        return self._json
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    @cached_property
     def site_names(self) -> tuple[str, ...]:
-        return tuple(site.name for site in self.data.sites)
+        return tuple(self._sites)
+
+    def site(self, name: str) -> SiteConfig | None:
+        """What is written for the site called ``name``; None where there is no such site."""
+        return self._sites.get(name)
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank of every site: its own, else by its memory, else the run's.
+
+        A site with memory M and no rank has method.rank M / max M, rounded down to a power of two, and at least 1.
+        """
+        most = max((site.memory for site in self.data.sites), default=0.0)
+        found = {}
+        for site in self.data.sites:
+            rank = site.rank or self.method.rank
+            if site.memory and not site.rank and site.memory < most:
+                rank = 2 ** max(0, math.floor(math.log2(self.method.rank * site.memory / most)))
+            found[site.name] = rank
+        return found
 
     @property
     def quorum(self) -> int:
@@ -461,7 +505,7 @@ class RunConfig(Section):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return self._digest
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

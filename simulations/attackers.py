@@ -75,7 +75,8 @@ class Attacker(WrappedRule):
 
 def attacking(rule: LocalRule | None, config: RunConfig, training: Training) -> LocalRule | None:
     """``rule``, or that of an attacker where the configuration makes the site one."""
-    text = next((site.attack for site in config.data.sites if site.name == training.site), "")
+    own = config.site(training.site)
+    text = own.attack if own is not None else ""
     if not text:
         return rule
     return Attacker(training, rule.memory if rule is not None else {}, rule, Attack.named(text), config.seed)

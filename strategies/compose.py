@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from .aggregator import Aggregator, Capabilities, create_aggregator
@@ -26,30 +24,14 @@ def compose(config: RunConfig) -> Aggregator:
         aggregator = ServerOptimiser(
             aggregator, server.optimizer, lr=server.lr, momentum=server.momentum, beta2=server.beta2, tau=server.tau
         )
-    aggregator.ranks = ranks(config)
+    aggregator.ranks = config.ranks
     return aggregator
-
-
-def ranks(config: RunConfig) -> dict[str, int]:
-    """The rank of every site: its own, else by its memory, else the run's.
-
-    A site with memory M and no rank has method.rank M / max M, rounded down to a power of two, and at least 1.
-    """
-    most = max((site.memory for site in config.data.sites), default=0.0)
-    found = {}
-    for site in config.data.sites:
-        rank = site.rank or config.method.rank
-        if site.memory and not site.rank and site.memory < most:
-            rank = 2 ** max(0, math.floor(math.log2(config.method.rank * site.memory / most)))
-        found[site.name] = rank
-    return found
 
 
 def refusal(config: RunConfig, can: Capabilities) -> str | None:
     """Why a strategy with the capabilities ``can`` cannot do what ``config`` asks; None: it can."""
     name, server = config.strategy, config.server
-    of_site = ranks(config)
-    for site, rank in of_site.items():
+    for site, rank in config.ranks.items():
         if rank > config.method.rank:
             return f"site {site} has rank {rank}, above method.rank {config.method.rank}; raise method.rank to {rank}"
         if rank != config.method.rank and config.central.enabled:

@@ -56,6 +56,22 @@ def test_total_steps_are_those_of_all_rounds():
     assert parse_config(with_values(rounds=7, train={"local_steps": 3})).total_steps == 21
 
 
+def test_a_changed_copy_keeps_nothing_of_what_the_original_came_to():
+    config = parse_config(with_values(data={"sites": [{"name": "a", "memory": 8}, {"name": "b", "memory": 2}]}))
+    before = (config.to_json(), config.digest(), hash(config), config.site_names, dict(config.ranks), config.site("b"))
+    other = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"sites": config.data.sites[:1]}),
+            "method": config.method.model_copy(update={"rank": 2}),
+        }
+    )
+    assert other.site_names == ("a",) and other.ranks == {"a": 2} and other.site("b") is None
+    fresh = config_from_json(other.to_json())
+    assert (other, other.digest(), hash(other)) == (fresh, fresh.digest(), hash(fresh))
+    after = (config.to_json(), config.digest(), hash(config), config.site_names, dict(config.ranks), config.site("b"))
+    assert after == before
+
+
 # Refusals
 
 

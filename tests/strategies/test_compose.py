@@ -12,7 +12,7 @@ from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import UserError
 from fedgraft.core.update import Update
 from fedgraft.strategies import Capabilities
-from fedgraft.strategies.compose import compose, ranks, refusal, secure_sum_refusal
+from fedgraft.strategies.compose import compose, refusal, secure_sum_refusal
 
 SPEC = AdapterSpec(
     "lora",
@@ -58,7 +58,7 @@ def test_a_site_has_its_own_rank_or_one_that_its_memory_allows() -> None:
         {"name": "f"},
         {"name": "g", "memory": 8, "rank": 8},
     )
-    assert ranks(config) == {"a": 3, "b": 8, "c": 4, "d": 2, "e": 1, "f": 8, "g": 8}
+    assert config.ranks == {"a": 3, "b": 8, "c": 4, "d": 2, "e": 1, "f": 8, "g": 8}
 
 
 ANY = Capabilities(heterogeneous_ranks=True)
