@@ -58,6 +58,14 @@ class Section(BaseModel):
         return copied
 
 
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` as they will arrive at a site, where they must mean the same."""
+    try:
+        return json.loads(json.dumps(options, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError("values are finite numbers, texts, true or false, or lists or sections of these") from None
+
+
 class MethodConfig(Section):
     """Which PEFT method, and how large."""
 
@@ -194,6 +202,88 @@ class EvaluateConfig(Section):
     epsilon: float = Field(0.0, ge=0, description="budget of a held-out unit for all evaluations; 0: privacy.epsilon")
 
 
+#: What a shift may be, for texts and for images, and which of them have an opposite.
+TEXT_SHIFTS = ("abbreviations", "dialect", "typos", "capitals")
+IMAGE_SHIFTS = ("rotate", "contrast", "brightness", "blur", "noise", "invert")
+_TWO_WAYS = ("rotate", "contrast", "brightness")
+
+
+class ShiftConfig(Section):
+    """Inputs that look different at a site: its scanner, its way of writing."""
+
+    kind: Literal[
+        "",
+        "none",
+        "abbreviations",
+        "dialect",
+        "typos",
+        "capitals",
+        "rotate",
+        "contrast",
+        "brightness",
+        "blur",
+        "noise",
+        "invert",
+    ] = Field("", description="what differs, see docs/scenarios.md; none: nothing, also where others differ")
+    strength: float = Field(
+        0.0, ge=-1, le=1, description="of `data.shift`: the most, each site's is drawn; of a site: its own"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> ShiftConfig:
+        if self.strength and self.kind in ("", "none"):
+            raise ValueError(
+                f"strength {self.strength:g} of what? set kind to one of {', '.join(TEXT_SHIFTS + IMAGE_SHIFTS)}"
+            )
+        if self.strength < 0 and self.kind not in _TWO_WAYS:
+            raise ValueError(
+                f"`{self.kind}` has no opposite: strength is 0 to 1; only {', '.join(_TWO_WAYS)} go both ways"
+            )
+        return self
+
+
+class LabelNoiseConfig(Section):
+    """Training labels that are wrong. Held-out records keep the right ones."""
+
+    kind: Literal["", "none", "symmetric", "asymmetric"] = Field(
+        "", description="to any other class alike, or to the next one; none: all right, also where others err"
+    )
+    rate: float = Field(0.0, ge=0, le=1, description="share of the training records with a wrong label")
+
+    @model_validator(mode="after")
+    def _possible(self) -> LabelNoiseConfig:
+        if self.rate and self.kind in ("", "none"):
+            raise ValueError(f'rate {self.rate:g} of what? set kind to "symmetric" or "asymmetric"')
+        return self
+
+
+class SizesConfig(Section):
+    """How unequal the sites are, for the partitions iid and dirichlet."""
+
+    law: Literal["", "equal", "power", "lognormal", "fractions"] = Field(
+        "",
+        description="sizes fall as k^-exponent, or are drawn log-normal, or are given; empty: as the partition has it",
+    )
+    exponent: float = Field(1.0, gt=0, description="of the power law; the largest site is drawn, not the first")
+    sigma: float = Field(1.0, gt=0, description="of the log-normal law")
+    fractions: tuple[float, ...] = Field(
+        (), description="each site's share of the records, in the order of their names"
+    )
+    minimum: int = Field(
+        1, ge=1, description="training patients (records, where none are named) that a site has at least"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> SizesConfig:
+        if (self.law == "fractions") != bool(self.fractions):
+            raise ValueError('law = "fractions" and the list fractions go together')
+        if self.fractions and (min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6):
+            raise ValueError(f"fractions are above 0 and sum to 1, these to {sum(self.fractions):g}")
+        if not self.law and self.minimum > 1:
+            raise ValueError('minimum needs a law; law = "equal" makes sites of one size')
+        return self
+
+
 class SiteConfig(Section):
     """One site: its name and, when the data lie in one file a site, the path."""
 
@@ -210,6 +300,10 @@ class SiteConfig(Section):
         pattern=r"^(|scale:-?\d+(\.\d+)?|sign-flip(:\d+(\.\d+)?)?|random(:\d+(\.\d+)?)?|nan|backdoor:.+)$",
         description="simulations only: what it sends for its change: scale:10, sign-flip:5, random:10, nan, or "
         "backdoor:LABEL, see docs/faults.md",
+    )
+    shift: ShiftConfig = Field(ShiftConfig(), description="simulations only: in place of `data.shift`")
+    label_noise: LabelNoiseConfig = Field(
+        LabelNoiseConfig(), description="simulations only: in place of `data.label_noise`"
     )
     joins: int = Field(1, ge=1, description="simulations only: first round that it is there")
     leaves: int = Field(0, ge=0, description="simulations only: first round that it is gone for good; 0: never")
@@ -242,16 +336,20 @@ class SiteConfig(Section):
         values: dict[str, Any] = plain(self)
         fields = type(self).model_fields
         return {
-            key: value for key, value in values.items() if key not in FATES or getattr(self, key) != fields[key].default
+            key: value
+            for key, value in values.items()
+            if key not in (*SEEN, *FATES) or getattr(self, key) != fields[key].default
         }
 
     @property
     def simulated(self) -> tuple[str, ...]:
         """The keys that are set and that only a simulation obeys."""
         fields = type(self).model_fields
-        return tuple(key for key in ("attack", *FATES) if getattr(self, key) != fields[key].default)
+        return tuple(key for key in ("attack", *SEEN, *FATES) if getattr(self, key) != fields[key].default)
 
 
+#: What a simulation makes of a site's records: keys of :class:`SiteConfig`.
+SEEN = ("shift", "label_noise")
 #: What happens to a site, or how fast it is: keys of :class:`SiteConfig` that only a simulation obeys.
 FATES = ("joins", "leaves", "crashes", "straggler", "speed", "uplink", "downlink")
 
@@ -270,6 +368,12 @@ class BackdoorConfig(Section):
 class SimulationConfig(Section):
     """Faults, speeds and attackers of simulated sites, and a virtual clock. A deployment refuses them."""
 
+    baseline: Literal["", "none", "local", "central", "full"] = Field(
+        "", description="what runs in the federation's place, to compare it with; see docs/sweeps.md"
+    )
+    pooled: tuple[SiteConfig, ...] = Field(
+        (), description="the sites whose records the one site has together, in the baselines central and full"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the rounds in which a site is away")
     availability: Literal["bernoulli", "markov", "daily"] = Field(
         "bernoulli", description="each round by itself, in outages, or by the time of the day, which differs by site"
@@ -304,10 +408,9 @@ class SimulationConfig(Section):
             )
         return self
 
-    @property
-    def clock(self) -> bool:
-        """Whether anything here takes virtual time."""
-        return any((self.seconds_per_step, self.seconds_per_evaluation, self.uplink, self.downlink, self.latency))
+
+#: More than a machine holds, and a slip of the finger reaches.
+_MOST_SITES = 1_000_000
 
 
 class DataConfig(Section):
@@ -315,8 +418,18 @@ class DataConfig(Section):
 
     source: str = Field("files", description="files, or a built-in source such as icd10")
     path: str = Field("", description="one CSV, JSONL, Parquet file or image folder that is dealt to the sites")
-    sites: tuple[SiteConfig, ...] = Field(min_length=1, description="names, or tables `[[data.sites]]`")
-    partition: Literal["iid", "dirichlet"] = Field("dirichlet", description="how `data.path` is dealt to the sites")
+    sites: tuple[SiteConfig, ...] = Field(
+        min_length=1, description="names, or tables `[[data.sites]]`, or how many (site-01, site-02, ...)"
+    )
+    partition: str = Field(
+        "dirichlet",
+        description="how one table is dealt to the sites: iid, dirichlet, or flwr:NAME of flwr-datasets, see "
+        "docs/scenarios.md",
+    )
+    partition_options: dict[str, Any] = Field(default_factory=dict, description="options of a flwr:NAME partition")
+    sizes: SizesConfig = SizesConfig()
+    shift: ShiftConfig = ShiftConfig()
+    label_noise: LabelNoiseConfig = LabelNoiseConfig()
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small: more skew")
     text_column: str = Field("text", description="column of the text")
     label_column: str = Field("label", description="column of the label")
@@ -329,9 +442,18 @@ class DataConfig(Section):
     @field_validator("sites", mode="before")
     @classmethod
     def _names_are_sites(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 1 <= value <= _MOST_SITES:
+                raise ValueError(f"{value} sites: 1 to {_MOST_SITES:,} can be")
+            return [{"name": f"site-{number:0{len(str(value))}d}"} for number in range(1, value + 1)]
         if isinstance(value, list | tuple):
             return [{"name": site} if isinstance(site, str) else site for site in value]
         return value
+
+    @field_validator("partition_options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return _as_json(options)
 
     @field_validator("sites")
     @classmethod
@@ -347,7 +469,7 @@ class RunConfig(Section):
 
     name: str = Field("", description="what to call the run; empty: the configuration's file name")
     seed: int = Field(0, ge=0, lt=2**63)
-    rounds: int = Field(5, ge=1, description="rounds of training and aggregation")
+    rounds: int = Field(5, ge=0, description="rounds of training and aggregation; 0: the start is evaluated")
     strategy: str = Field("fedit", description="a strategy of `fedgraft strategies`")
     strategy_options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
     tensor_policy: dict[str, TensorPolicy] = Field(
@@ -369,10 +491,7 @@ class RunConfig(Section):
     @field_validator("strategy_options")
     @classmethod
     def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return json.loads(json.dumps(options, allow_nan=False))
-        except (TypeError, ValueError):
-            raise ValueError("values are finite numbers, texts, true or false, or lists or sections of these") from None
+        return _as_json(options)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -443,7 +562,12 @@ class RunConfig(Section):
         plain = SimulationConfig()
         changed = [key for key in SimulationConfig.model_fields if getattr(self.simulation, key) != getattr(plain, key)]
         own = dict.fromkeys(key for site in self.data.sites for key in site.simulated)
-        return (*(f"simulation.{key}" for key in changed), *(f"data.sites[].{key}" for key in own))
+        seen = [key for key in SEEN if getattr(self.data, key).kind]
+        return (
+            *(f"simulation.{key}" for key in changed),
+            *(f"data.{key}" for key in seen),
+            *(f"data.sites[].{key}" for key in own),
+        )
 
     @property
     def evaluation_release(self) -> Literal["noised", "exact_not_private", "none"]:
@@ -587,7 +711,8 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     *parents, leaf = key.split(".")
     if parents[:1] == ["tensor_policy"]:
         parents, leaf = ["tensor_policy"], key.partition(".")[2]  # a pattern may hold dots
-    if key not in known_keys() and parents[:1] not in (["strategy_options"], ["tensor_policy"]):
+    free = (["strategy_options"], ["tensor_policy"], ["data", "partition_options"])
+    if key not in known_keys() and parents[:1] not in free and parents[:2] not in free:
         raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")
     node = values
     for parent in parents:
