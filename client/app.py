@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -10,6 +11,7 @@ from flwr.clientapp import ClientApp
 from ..core.config import RunConfig
 from ..core.errors import PrivateError, UserError
 from ..core.progress import SILENT, Watch
+from ..core.wire import Kind
 from .answering import SiteClient, Surroundings
 from .data import SiteData, load_site
 from .policy import Policy, load_policy
@@ -17,24 +19,28 @@ from .policy import Policy, load_policy
 
 def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> ClientApp:
     """A ClientApp whose sites are what ``surroundings`` says."""
+    return client_app(SiteClient(surroundings, watch).answer)
+
+
+def client_app(answer: Callable[[Kind, Message, Context], Message]) -> ClientApp:
+    """A ClientApp whose sites answer an instruction as ``answer`` does."""
     app = ClientApp()
-    client = SiteClient(surroundings, watch)
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return client.answer("hello", message, context)
+        return answer("hello", message, context)
 
     @app.train()
     def local_training(message: Message, context: Context) -> Message:
-        return client.answer("train", message, context)
+        return answer("train", message, context)
 
     @app.query("refine")
     def second_pass(message: Message, context: Context) -> Message:
-        return client.answer("refine", message, context)
+        return answer("refine", message, context)
 
     @app.evaluate()
     def local_evaluation(message: Message, context: Context) -> Message:
-        return client.answer("evaluate", message, context)
+        return answer("evaluate", message, context)
 
     return app
 

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from .adapter import AdapterSpec, AdapterState
 from .errors import PrivateError, UserError, one_line
@@ -26,6 +27,10 @@ from .packing import Table, pack, pack_change, unpack
 from .update import PrivacyStatement
 
 Kind = Literal["hello", "train", "refine", "evaluate"]
+#: What became of a site that was asked and did not contribute: it is not there, it does not answer in time, its process
+#: fails, or what it sends (a line that says why it cannot, or an answer that does not pass) does not count.
+Fault = Literal["absent", "late", "crashed", "refused"]
+FAULTS: tuple[Fault, ...] = ("absent", "late", "crashed", "refused")
 
 #: Every metric that may leave a site, by the kind of message. ``loss`` only where no privacy is promised.
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -260,6 +265,20 @@ def _plausible(value: float) -> bool:
         return math.isfinite(value) and value >= 0
     except OverflowError:
         return False
+
+
+def fault_of(error: Error) -> Fault:
+    """What Flower's error reply in place of an answer means."""
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "absent"
+    expired = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+    return "late" if error.code in expired else "crashed"
+
+
+def no_answer(message: Message, fault: Fault, why: str) -> Message:
+    """Flower's error reply to ``message``, from a site that is absent, late or crashed."""
+    codes = {"absent": ErrorCode.NODE_UNAVAILABLE, "late": ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
+    return Message(Error(codes.get(fault, ErrorCode.CLIENT_APP_RAISED_EXCEPTION), why), reply_to=message)
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -12,17 +12,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from ..client.answering import Surroundings
-from ..client.app import make_client_app, own_name
-from ..client.data import SiteData
-from ..client.policy import Policy, load_policy, unrestricted
-from ..core.config import RunConfig
+from ..client.app import client_app
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
-from .attackers import attacking
 from .display import Lines, closing_lines, final_table
-from .scenario import load_scenario, site_data
+from .fate import require_enough
+from .scenario import load_scenario
+from .sites import SimulatedSites
 
 
 def run_folder(context: Context) -> Path:
@@ -37,28 +34,11 @@ def run_folder(context: Context) -> Path:
 
 
 def make_simulated_client(folder: Path | None = None, watch: Watch = SILENT) -> ClientApp:
-    """A ClientApp of simulated sites; see :func:`simulated`."""
-    return make_client_app(simulated(folder), watch)
+    """A ClientApp of simulated sites, which keep their records in the run directory.
 
-
-def simulated(folder: Path | None = None) -> Surroundings:
-    """Sites that keep their records in the run directory (``folder``, or what the context says).
-
-    A site that finds a `policy.toml` in its folder there keeps to it; the others have nobody to protect, and let out
-    whatever the run asks for, and are attackers where it says so.
+    ``folder``: that directory, or what the context says.
     """
-
-    def place(site: str, context: Context) -> Path:
-        return (folder or run_folder(context)) / "sites" / site
-
-    def policy(here: Path | None, context: Context) -> Policy:
-        own = here / "policy.toml" if here is not None else None
-        return load_policy(own) if own is not None and own.exists() else unrestricted()
-
-    def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
-        return site_data(config)[site]
-
-    return Surroundings(own_name, place, policy, data, attacking)
+    return client_app(SimulatedSites(lambda context: folder or run_folder(context), watch).answer)
 
 
 client = make_simulated_client()
@@ -81,6 +61,7 @@ def _run(grid: Grid, context: Context, console: Console) -> None:
     settings = context.run_config
     overrides = [part.strip() for part in str(settings.get("set", "")).split(";") if part.strip()]
     config = load_scenario(str(settings.get("config", "")), overrides)
+    require_enough(config)
     watch, folder = Lines(console, config), run_folder(context)
     run = run_on(grid, config, folder, engine="flower", resume=bool(settings.get("resume")), watch=watch)
     console.print(final_table(run))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
@@ -54,6 +55,33 @@ class Attack:
         return AdapterState(sent.spec, {**sent, **lies}, names=tuple(sent))
 
 
+#: What is no number, as each array of a message carries it (bfloat16 as its bits).
+_NAN: Mapping[str, float] = {
+    "float32": np.nan,
+    "float64": np.nan,
+    "float16": np.nan,
+    "values": np.nan,
+    "bfloat16": 0x7FC0,
+}
+
+
+def sends_nan(config: RunConfig, site: str) -> bool:
+    """Whether ``site`` is to send no numbers."""
+    own = config.site(site)
+    return own is not None and own.attack == "nan"
+
+
+def spoilt(answer: Message, instruction: Message) -> Message:
+    """``answer`` with NaN for every number of its adapter, put there past the site's gate, which would hold it back."""
+    content = RecordDict(dict(answer.content))
+    if "adapter" in content:
+        arrays = answer.content.array_records["adapter"]
+        content["adapter"] = ArrayRecord(
+            {key: Array(np.full_like(array.numpy(), _NAN.get(key, 0))) for key, array in arrays.items()}
+        )
+    return Message(content, reply_to=instruction)
+
+
 class Attacker(WrappedRule):
     """A site that trains as it is told, and then sends ``attack``.
 
@@ -77,6 +105,6 @@ def attacking(rule: LocalRule | None, config: RunConfig, training: Training) -> 
     """``rule``, or that of an attacker where the configuration makes the site one."""
     own = config.site(training.site)
     text = own.attack if own is not None else ""
-    if not text:
+    if text in ("", "nan"):
         return rule
     return Attacker(training, rule.memory if rule is not None else {}, rule, Attack.named(text), config.seed)
