@@ -18,12 +18,14 @@ from ..core.update import PrivacyStatement, Update
 from ..core.wire import (
     NEEDS_STATE,
     Answer,
+    Fault,
     Job,
     Kind,
     content_bytes,
     decode_adapter,
     decode_answer,
     encode_adapter,
+    fault_of,
 )
 from .aggregator import Aggregator
 
@@ -36,10 +38,20 @@ _KEEP = 8
 
 
 @dataclass
+class Exchange:
+    """One instruction to each of some sites, and their answers: the bytes of each by site."""
+
+    kind: Kind
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class Phase:
     """One training or evaluation: who answered what, who did not and why, who was not asked, and the bytes it took.
 
-    ``refined``: who gave the second answer of a training in two passes.
+    ``faults``: what became of those who are ``missing``; ``refined``: who gave the second answer of a training in two
+    passes.
     """
 
     kind: Kind
@@ -47,10 +59,18 @@ class Phase:
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     privacy: dict[str, PrivacyStatement] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
     resting: tuple[str, ...] = ()
     refined: list[str] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(sum(exchange.up.values()) for exchange in self.exchanges)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(sum(exchange.down.values()) for exchange in self.exchanges)
 
 
 class PeftStrategy(Strategy):
@@ -137,6 +157,7 @@ class PeftStrategy(Strategy):
         for site in waiting:
             self._held.pop(site, None)
             self.phase.missing.pop(site, None)
+            self.phase.faults.pop(site, None)
         return self._instructions(sorted(waiting))
 
     def finish_train(self) -> bool:
@@ -203,13 +224,15 @@ class PeftStrategy(Strategy):
 
     def _instructions(self, names: list[str]) -> Iterator[Message]:
         node_of = {name: node for node, name in self.sites.items()}
+        exchange = Exchange("refine" if self._second is not None else self.phase.kind)
+        self.phase.exchanges.append(exchange)
         for site in names:
             content = self._content(site)
-            self.phase.bytes_down += content_bytes(content)
+            exchange.down[site] = content_bytes(content)
             yield Message(
                 content,
                 dst_node_id=node_of[site],
-                message_type="query.refine" if self._second is not None else self.phase.kind,
+                message_type="query.refine" if exchange.kind == "refine" else exchange.kind,
                 group_id=str(self.phase.round),
                 ttl=self.config.server.round_timeout,
             )
@@ -240,7 +263,9 @@ class PeftStrategy(Strategy):
         if reply.has_error():
             # Flower names the node of a crashed site only sometimes; an unnamed one is found missing at the end.
             if site is not None and (self._second is not None or site not in self.phase.metrics):
-                self._excuse(site, f"its process failed: {reply.error.reason}")
+                fault = fault_of(reply.error)
+                why = reply.error.reason or "no reason given"
+                self._excuse(site, f"its process failed: {why}" if fault == "crashed" else why, fault)
             return
         if site in (self.phase.metrics if self._second is None else self.phase.refined):
             # What a site says a second time must not count twice, nor undo what it said first.
@@ -251,14 +276,14 @@ class PeftStrategy(Strategy):
             self._accept(answer, reply, site)
         except UserError as error:
             if site is not None:
-                self._excuse(site, one_line(error))
+                self._excuse(site, one_line(error), "refused")
 
     def _accept(self, answer: Answer, reply: Message, site: str | None) -> None:
         if site is None or answer.site != site:
             raise UserError(f"{answer.site}: answered from a node that is registered as {site}")
         if answer.round != self.phase.round:
             raise UserError(f"{site}: answered for round {answer.round}, this is round {self.phase.round}")
-        self.phase.bytes_up += content_bytes(reply.content)
+        self.phase.exchanges[-1].up[site] = content_bytes(reply.content)
         if answer.error:
             if answer.code == NEEDS_STATE:
                 self._waiting.add(site)
@@ -315,17 +340,21 @@ class PeftStrategy(Strategy):
         if not promise.private_noise and not asked.seeded_noise_not_private:
             raise UserError(f"{site}: drew its noise from a seed, which the run does not allow")
 
-    def _excuse(self, site: str, reason: str) -> None:
+    def _excuse(self, site: str, reason: str, fault: Fault) -> None:
         # What a failed site holds is unknown: the next instruction carries the whole adapter.
         self._held.pop(site, None)
         self.phase.missing[site] = reason
+        self.phase.faults[site] = fault
 
     def _close(self) -> None:
         for site in self.config.site_names:
             if site not in (*self.phase.metrics, *self.phase.missing, *self.phase.resting):
                 timeout = self.config.server.round_timeout
                 here = site in self.sites.values()
-                self._excuse(site, f"no answer in {timeout:g} s" if here else "not connected")
+                if here:
+                    self._excuse(site, f"no answer in {timeout:g} s", "late")
+                else:
+                    self._excuse(site, "not connected", "absent")
 
     def record(self, seconds: float) -> dict[str, object]:
         """The line of metrics.jsonl for the phase that has just ended."""
@@ -342,6 +371,7 @@ class PeftStrategy(Strategy):
             "bytes_up": phase.bytes_up,
             "bytes_down": phase.bytes_down,
             "missing": dict(sorted(phase.missing.items())),
+            "faults": dict(sorted(phase.faults.items())),
             "sites": sites,
         }
         if phase.resting:
