@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..core.errors import UserError
+from .engine.clippedsum import Noise
 from .engine.exact import ExactGradients
-from .engine.gradients import ClippedGradients, Noise
+from .engine.gradients import ClippedGradients
 from .engine.opacus import OpacusGradients
 
 __all__ = [

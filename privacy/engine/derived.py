@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .gradients import wide
+from .clippedsum import wide
 from .rows import BufferSlot, ParameterSlot, Rows
 
 #: Above so many numbers a batch, rows are passed on at their last use instead of at the end of the backward pass.

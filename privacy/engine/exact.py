@@ -16,10 +16,11 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ...core.errors import UserError, is_out_of_memory
+from .clippedsum import Block, Dense
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
 from .forms import form_of
 from .ghost import LARGE, KeptMatrix
-from .gradients import WHOLE_TOLERANCE, Block, ClippedGradients, Dense, row_is_off
+from .gradients import WHOLE_TOLERANCE, ClippedGradients, row_is_off
 from .leaf import batch_dimensions, joined, one_by_one, tensors
 from .meeting import Meeting, TooLargeError, UnknownMeetingError
 from .plan import Unit, plan, refusal

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .gradients import wide
+from .clippedsum import wide
 
 #: Trainables of more numbers than this are never written out for each example.
 LARGE = 2**20

@@ -1,4 +1,4 @@
-"""What every engine shares: rows of gradients, summed by privacy unit, clipped, added up, noised."""
+"""What every engine shares: rows of gradients, whole and checked, on their way to a clipped sum."""
 
 from __future__ import annotations
 
@@ -6,63 +6,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from ...core.errors import UserError
 from ...core.profile import section
+from .clippedsum import Block, ClippedSum, Noise, norms_of
 from .separate import require_listed, require_separate
 
 # How far a row may lie from its own backward pass: a wrong rule is wrong by a multiple, bf16 by a few thousandths. The
 # share of the whole row's norm lets pass a tensor whose gradient is zero but for rounding (the bias of attention keys).
 ROW_TOLERANCE = 0.05
 WHOLE_TOLERANCE = 0.005
-
-
-class Noise(Protocol):
-    """Whatever draws the noise of a step."""
-
-    def normal_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Normals of standard deviation 1 in the shape, dtype and device of ``tensor``."""
-        ...
-
-
-class Block(Protocol):
-    """The gradients of a batch's rows over some of the trainables, in whatever form."""
-
-    def squares(self, groups: torch.Tensor | None, count: int) -> torch.Tensor:
-        """The squared norm of each group's summed gradient, shape (count,).
-
-        ``groups`` (B,): the group of each row, -1 for a row to leave out; None: each row is a group.
-        """
-        ...
-
-    def total(self, weights: Sequence[float]) -> torch.Tensor:
-        """The sum of the rows, each times its weight, as one vector. Weight 0 leaves a row out, finite or not."""
-        ...
-
-
-class Dense:
-    """Gradients as a matrix, one row an example."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
-
-    def squares(self, groups: torch.Tensor | None, count: int) -> torch.Tensor:
-        rows = self.rows
-        if groups is not None:
-            kept = groups >= 0
-            rows = rows.new_zeros(count, rows.shape[1]).index_add_(0, groups[kept], rows[kept])
-        return torch.linalg.vector_norm(rows, dim=1).square()
-
-    def total(self, weights: Sequence[float]) -> torch.Tensor:
-        rows = self.rows
-        scale = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
-        if 0.0 in weights:
-            rows = torch.where(scale[:, None] == 0, 0.0, rows)
-        return scale @ rows
 
 
 class ClippedGradients(ABC):
@@ -86,12 +42,10 @@ class ClippedGradients(ABC):
 
     def __init__(self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> None:
         self.trainables = dict(trainables)
-        self.clip = clip
-        self.skipped = self.within = self.over = self._skipped_before = 0
+        self._sum = ClippedSum(clip)
         self._model = model
         self._expected: int | None = None
         self._verified = False
-        self._sum: torch.Tensor | None = None
         self._modules = dict(model.named_modules(remove_duplicate=False))
         require_listed(self._modules, self.trainables)
         self._norms = require_separate(self._modules)
@@ -99,18 +53,28 @@ class ClippedGradients(ABC):
     @property
     def clip(self) -> float:
         """C, the bound on the norm of one unit's gradient."""
-        return self._clip
+        return self._sum.clip
 
     @clip.setter
     def clip(self, clip: float) -> None:
-        if not (clip > 0 and math.isfinite(clip)):
-            raise UserError(f"privacy.clip is {clip:g}; it must be a positive, finite number")
-        self._clip = clip
+        self._sum.clip = clip
+
+    @property
+    def skipped(self) -> int:
+        return self._sum.skipped
+
+    @property
+    def within(self) -> int:
+        return self._sum.within
+
+    @property
+    def over(self) -> int:
+        return self._sum.over
 
     def __enter__(self) -> ClippedGradients:
         # What an earlier step left unreleased must not join this one's sum.
-        self._sum = self._expected = None
-        self.within = self.over = 0
+        self._sum.drop()
+        self._expected = None
         self._attach()
         return self
 
@@ -168,7 +132,8 @@ class ClippedGradients(ABC):
             with section("backward"):
                 blocks = self._rows(losses, keep_graph=verify)
             with section("clip"):
-                norms = self._accumulate(blocks, units)
+                norms = norms_of(blocks, None, 0)
+                self._sum.add(blocks, norms, units)
             # A row that is not finite spoils the backward pass of every other: the next batch is verified instead.
             if verify and all(map(math.isfinite, norms)) and any(norms):
                 row = max(row for row, norm in enumerate(norms) if norm)
@@ -179,9 +144,8 @@ class ClippedGradients(ABC):
     def drop(self) -> None:
         """Forget what was added since the last :meth:`release`, and any forward pass that broke off, for a step that
         begins again with the same sample."""
-        self._sum = self._expected = None
-        self.within = self.over = 0
-        self.skipped = self._skipped_before
+        self._sum.drop()
+        self._expected = None
         self._detach()
         self._attach()
 
@@ -189,41 +153,11 @@ class ClippedGradients(ABC):
         """Take the memory that :meth:`add` would take, and keep nothing: no row is verified, nothing joins the sum."""
         with torch.autocast(losses.device.type, enabled=False):
             blocks = self._rows(losses, keep_graph=False)
-            _norms(blocks, None, 0)
+            norms_of(blocks, None, 0)
             for block in blocks:
                 block.total([0.5] * len(losses))
         self._detach()
         self._attach()
-
-    def _accumulate(self, blocks: Sequence[Block], units: torch.Tensor | None) -> list[float]:
-        """Add the rows to the sum, each unit's scaled to norm C at most; gives the norm of each row by itself."""
-        # A batch has few rows: plain numbers are faster than tensors, and as wide.
-        norms = _norms(blocks, None, 0)
-        numbers: dict[int, int] = {}
-        if units is None:
-            groups, unit_norms = list(range(len(norms))), norms
-        else:
-            # A unit without a usable row is none of this batch's.
-            groups = [
-                numbers.setdefault(unit, len(numbers)) if math.isfinite(norm) else -1
-                for unit, norm in zip(units.tolist(), norms, strict=True)
-            ]
-            unit_norms = _norms(blocks, torch.tensor(groups, device=self._layout()[0].device), len(numbers))
-        scales = [self._scale(norm) for norm in unit_norms]
-        weights = [scales[group] if group >= 0 else 0.0 for group in groups]
-        self.skipped += weights.count(0.0)
-        self.within += sum(norm <= self.clip for norm in unit_norms)
-        self.over += sum(self.clip < norm < math.inf for norm in unit_norms)
-        totals = [block.total(weights) for block in blocks]
-        total = totals[0] if len(totals) == 1 else torch.cat(totals)
-        self._sum = total if self._sum is None else self._sum.add_(total)
-        return norms
-
-    def _scale(self, norm: float) -> float:
-        """What brings a gradient of this norm to C at most; 0 for one that is not finite."""
-        if not math.isfinite(norm):
-            return 0.0
-        return 1.0 if norm <= self.clip else self.clip / norm
 
     def _layout(self) -> list[nn.Parameter]:
         """The trainables in the order in which the blocks hold them."""
@@ -234,33 +168,14 @@ class ClippedGradients(ABC):
 
         ``noise_multiplier`` and ``expected_batch`` are the plan's; zero noise is for measuring the clipped sum itself.
         """
-        if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier) and expected_batch > 0):
-            raise ValueError(f"noise multiplier {noise_multiplier} or expected batch {expected_batch} makes no sense")
-        layout, total = self._layout(), self._sum
-        if total is None:
-            size = sum(parameter.numel() for parameter in layout)
-            total = torch.zeros(size, dtype=wide(layout[0].dtype), device=layout[0].device)
-        self._sum = None
-        self.within = self.over = 0
-        self._skipped_before = self.skipped
-        with section("noise"):
-            noisy = (total + noise_multiplier * self.clip * noise.normal_like(total)) / expected_batch
+        layout = self._layout()
+        size = sum(parameter.numel() for parameter in layout)
+        noisy = self._sum.release(noise_multiplier, expected_batch, noise, size, layout[0])
         at = 0
         for parameter in layout:
             size = parameter.numel()
             parameter.grad = noisy[at : at + size].view_as(parameter).to(parameter.dtype)
             at += size
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which gradients of ``dtype`` are kept, measured and added."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _norms(blocks: Sequence[Block], groups: torch.Tensor | None, count: int) -> list[float]:
-    squares = [block.squares(groups, count) for block in blocks]
-    norms: list[float] = sum(squares[1:], start=squares[0]).sqrt().tolist()
-    return norms
 
 
 def row_is_off(got: torch.Tensor, want: torch.Tensor, norm: float) -> bool:

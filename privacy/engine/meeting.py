@@ -16,8 +16,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from .clippedsum import wide
 from .derived import DerivedSlot, ForeignGraphError, Waiting, trainables_behind
-from .gradients import wide
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import ConvolutionRows, EinsumRows, EmbeddingRows, LayerNormRows, LinearRows, ScaleRows, ShiftRows
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core.errors import UserError
-from .gradients import Block, ClippedGradients, Dense, row_is_off, wide
+from .clippedsum import Block, Dense, wide
+from .gradients import ClippedGradients, row_is_off
 
 _EXACT = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, Conv1D)
 _EXACT_NORMS = ("RMSNorm", "T5LayerNorm")

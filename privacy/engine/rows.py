@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .gradients import wide
+from .clippedsum import wide
 
 
 class Slot(Protocol):

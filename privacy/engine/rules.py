@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from .gradients import wide
+from .clippedsum import wide
 from .rows import Slot
 
 
