@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
-from ..core.wire import Answer, Kind, content_bytes, decode_adapter, decode_answer, decode_table
+from ..core.wire import Answer, Kind, content_bytes, decode_adapter, decode_answer, decode_table, record_of
 from .policy import Dataset, Policy, PolicyError, exceeds
 
 _SIZES = {"records", "held_out", "units"}
@@ -36,7 +36,7 @@ class GateError(UserError):
 
 def require_refusal(content: RecordDict) -> None:
     """Raise :class:`GateError` unless ``content`` is a refusal: one line of text and nothing else."""
-    record = content.config_records.get("site")
+    record = record_of(content, "site", ConfigRecord)
     if set(content) != {"site"} or record is None or set(record) != {"name", "round", "error", "code"}:
         raise GateError("a refusal carries more than its text")
 
@@ -162,8 +162,8 @@ def _digest(content: RecordDict) -> str:
     whole = hashlib.sha256()
     for key in sorted(content):
         record = content[key]
-        if key in content.array_records:
-            for name, array in content.array_records[key].items():
+        if isinstance(record, ArrayRecord):
+            for name, array in record.items():
                 whole.update(f"{key}/{name}/{array.dtype}/{list(array.shape)}/{len(array.data)}\n".encode())
                 whole.update(array.data)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from .errors import NonFiniteError, UserError
 
 Policy = Literal["share", "freeze", "local", "receive"]
 Averaging = Literal["linear", "product", "nonlinear"]
-_DTYPES = ("float32", "float64")
+_DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype("float32"), "float64": np.dtype("float64")}
 _METADATA = "fedgraft"
 
 
@@ -59,9 +60,14 @@ class TensorSpec:
             if getattr(self, key) not in allowed:
                 raise ValueError(f"tensor {self.name}: {key} {getattr(self, key)} is not one of {', '.join(allowed)}")
 
-    @property
+    @cached_property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
+
+    @cached_property
+    def title(self) -> bytes:
+        """What a digest says before the tensor's numbers."""
+        return f"{self.name}|{list(self.shape)}|{self.dtype}|".encode()
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class AdapterSpec:
     def by_name(self) -> Mapping[str, TensorSpec]:
         return MappingProxyType({tensor.name: tensor for tensor in self.tensors})
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.tensors)
 
@@ -239,7 +245,7 @@ class AdapterState(Mapping[str, np.ndarray]):
     or a shape or dtype differs.
     """
 
-    __slots__ = ("_digest", "_tensors", "spec")
+    __slots__ = ("_digest", "_finite", "_tensors", "spec")
     # A NumPy scalar on the left of `*` leaves the product to this class.
     __array_ufunc__ = None
 
@@ -258,15 +264,17 @@ class AdapterState(Mapping[str, np.ndarray]):
             array = np.asarray(tensors[name])
             if array.shape != want.shape:
                 raise UserError(explain_shape(name, array.shape, want.shape))
-            if array.dtype.name != want.dtype:
+            native = _DTYPES[want.dtype]
+            if array.dtype != native and array.dtype.name != want.dtype:
                 raise UserError(f"tensor {name} is {array.dtype.name}, expected {want.dtype}")
-            if _changeable(array) or not array.dtype.isnative:
-                array = array.astype(want.dtype)
+            if array.dtype != native or _changeable(array):
+                array = array.astype(native)
                 array.flags.writeable = False
             held[name] = array
         self.spec = spec
         self._tensors = held
         self._digest: str | None = None
+        self._finite = False
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[name]
@@ -292,8 +300,8 @@ class AdapterState(Mapping[str, np.ndarray]):
         if self._digest is None:
             total = hashlib.sha256()
             for name, array in self._tensors.items():
-                total.update(f"{name}|{list(array.shape)}|{array.dtype.name}|".encode())
-                total.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
+                total.update(self.spec.by_name[name].title)
+                total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).data)
             self._digest = total.hexdigest()
         return self._digest
 
@@ -362,9 +370,11 @@ class AdapterState(Mapping[str, np.ndarray]):
 
     def require_finite(self) -> AdapterState:
         """Return self, or raise :class:`NonFiniteError` that names the first tensor with NaN or infinity."""
-        for name, array in self.items():
-            if not np.isfinite(array).all():
-                raise NonFiniteError(f"tensor {name} holds NaN or infinity")
+        if not self._finite:
+            for name, array in self._tensors.items():
+                if not np.isfinite(array).all():
+                    raise NonFiniteError(f"tensor {name} holds NaN or infinity")
+            self._finite = True
         return self
 
     def delta(self, pair: LowRankPair) -> np.ndarray:

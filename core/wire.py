@@ -11,19 +11,22 @@ leaves a site is exactly this list.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, SType
 
 from .adapter import AdapterSpec, AdapterState
 from .errors import PrivateError, UserError, one_line
 from .packing import Table, pack, pack_change, unpack
+from .profile import section
 from .update import PrivacyStatement
 
 Kind = Literal["hello", "train", "refine", "evaluate"]
@@ -40,6 +43,14 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("examples", "correct", "loss_sum"),
 }
 NEEDS_STATE = "needs-state"
+#: The arrays that packing makes.
+_DTYPES = ("float32", "float64", "float16", "int16", "int8", "uint8", "uint32")
+#: Texts from this length on are measured once.
+_LONG = 1000
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+
+#: The entries of a privacy statement, and what they are where nothing is stated.
+_STATEMENT: Mapping[str, Any] = asdict(PrivacyStatement(enabled=False))
 
 #: The records of a message, and the kind of each.
 _INSTRUCTION: Mapping[str, type] = {"job": ConfigRecord, "adapter": ArrayRecord, "table": ConfigRecord}
@@ -57,7 +68,8 @@ def encode_adapter(
     state: AdapterState, *, wire: str, whole: str | None = None, rest: str = "", code: bool = False
 ) -> RecordDict:
     """``adapter`` and ``table`` records; see :func:`fedgraft.core.packing.pack`."""
-    return _records(*pack(state, wire=wire, whole=whole, rest=rest, code=code))
+    with section("wire"):
+        return _records(*pack(state, wire=wire, whole=whole, rest=rest, code=code))
 
 
 def encode_change(
@@ -71,21 +83,42 @@ def encode_change(
     code: bool = False,
 ) -> tuple[RecordDict, np.ndarray]:
     """The same for a change, and what is owed after it; see :func:`fedgraft.core.packing.pack_change`."""
-    arrays, table, owed = pack_change(state, base, form, fraction=fraction, random=random, owed=owed, code=code)
-    return _records(arrays, table), owed
+    with section("wire"):
+        arrays, table, owed = pack_change(state, base, form, fraction=fraction, random=random, owed=owed, code=code)
+        return _records(arrays, table), owed
 
 
 def _records(arrays: Mapping[str, np.ndarray], table: Table) -> RecordDict:
     return RecordDict(
         {
-            "adapter": ArrayRecord({key: Array(array) for key, array in arrays.items()}),
+            "adapter": ArrayRecord({key: _packed(array) for key, array in arrays.items()}),
             "table": ConfigRecord({"json": table.to_json()}),
         }
     )
 
 
+def _packed(array: np.ndarray) -> Array:
+    """What ``Array(array)`` makes, with one copy of the numbers instead of three."""
+    dtype = array.dtype.name
+    head = _head(dtype, array.shape)
+    return (
+        Array(dtype, array.shape, SType.NUMPY, b"".join((head, np.ascontiguousarray(array).data)))
+        if head
+        else Array(array)
+    )
+
+
+def record_of(content: RecordDict, key: str, kind: type[R]) -> R | None:
+    """The record called ``key``; None where there is none of that ``kind``.
+
+    Flower's own views by kind make every record of the message anew.
+    """
+    record = content.get(key)
+    return record if isinstance(record, kind) else None
+
+
 def decode_table(content: RecordDict, sender: str) -> Table:
-    record = content.config_records.get("table")
+    record = record_of(content, "table", ConfigRecord)
     text = record.get("json") if record is not None else None
     if not isinstance(text, str) or len(record or ()) != 1:
         raise UserError(f"{sender}: the message holds no adapter")
@@ -102,16 +135,43 @@ def decode_adapter(
     base: AdapterState | None = None,
 ) -> AdapterState:
     """Strict inverse of :func:`encode_adapter` and :func:`encode_change`; see :func:`~.packing.unpack`."""
-    table = decode_table(content, sender)
-    arrays: dict[str, np.ndarray] = {}
-    for key, array in content.array_records.get("adapter", ArrayRecord()).items():
-        try:
-            arrays[key] = array.numpy()
-        except Exception as error:
-            raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
-        if not isinstance(arrays[key], np.ndarray):
-            raise UserError(f"{sender}: the packed {key} array is an archive, not an array")
-    return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
+    with section("wire"):
+        table = decode_table(content, sender)
+        packed = record_of(content, "adapter", ArrayRecord)
+        arrays = {key: _numbers(key, array, sender) for key, array in packed.items()} if packed is not None else {}
+        return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
+
+
+def _numbers(key: str, array: Array, sender: str) -> np.ndarray:
+    """What ``array`` holds and nothing else: not copied where it is written as this end would write it."""
+    head = _head(array.dtype, array.shape)
+    if array.stype == SType.NUMPY and head and array.data.startswith(head):
+        size = math.prod(array.shape)
+        if len(array.data) == len(head) + size * np.dtype(array.dtype).itemsize:
+            return np.frombuffer(array.data, array.dtype, size, len(head)).reshape(array.shape)
+    try:
+        if array.stype != SType.NUMPY:
+            raise TypeError(f"its serialisation is {array.stype}")
+        stream = io.BytesIO(array.data)
+        found = np.load(stream, allow_pickle=False)
+    except Exception as error:
+        raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
+    if not isinstance(found, np.ndarray):
+        raise UserError(f"{sender}: the packed {key} array is an archive, not an array")
+    if stream.read(1):
+        raise UserError(f"{sender}: the packed {key} array holds more than its numbers")
+    return found
+
+
+@lru_cache(maxsize=64)
+def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What NumPy writes before the numbers of a flat array of ``dtype``; nothing for one that is never sent."""
+    if dtype not in _DTYPES or len(shape) != 1:
+        return b""
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, described)
+    return stream.getvalue()
 
 
 @dataclass(frozen=True)
@@ -130,7 +190,7 @@ class Job:
 
 def decode_job(content: RecordDict) -> Job:
     _refuse_undeclared(content, _INSTRUCTION, "the server")
-    record = content.config_records.get("job")
+    record = record_of(content, "job", ConfigRecord)
     if record is None:
         raise UserError("the server's message holds no job; is the server fedgraft too?")
     wanted = {"run": str, "round": int, "site": str, "config": str, "fingerprint": str}
@@ -173,7 +233,7 @@ def encode_answer(
     if metrics:
         content["metrics"] = MetricRecord(dict(metrics))
     if privacy is not None:
-        content["privacy"] = ConfigRecord(asdict(privacy))
+        content["privacy"] = ConfigRecord({key: getattr(privacy, key) for key in _STATEMENT})
     if facts:
         content["facts"] = ConfigRecord(dict(facts))
     for key, record in (adapter or {}).items():
@@ -198,20 +258,20 @@ def encode_refusal(error: BaseException, *, site: str, round: int, code: str = "
 def decode_answer(content: RecordDict, kind: Kind, sender: str) -> Answer:
     """Check every record but the adapter. Raises :class:`UserError` that names the sender and the entry."""
     _refuse_undeclared(content, _ANSWER, sender)
-    record = content.config_records.get("site")
+    record = record_of(content, "site", ConfigRecord)
     if record is None or set(record) != {"name", "round", "error", "code"}:
         raise UserError(f"{sender}: the answer does not say which site it is")
     name, number, error, code = (record[key] for key in ("name", "round", "error", "code"))
     if not (isinstance(name, str) and type(number) is int and isinstance(error, str) and isinstance(code, str)):
         raise UserError(f"{sender}: the answer does not say which site it is")
     metrics: dict[str, float] = {}
-    for key, value in content.metric_records.get("metrics", MetricRecord()).items():
+    for key, value in (record_of(content, "metrics", MetricRecord) or {}).items():
         if key not in METRICS[kind]:
             raise UserError(f"{name}: undeclared metric `{key}`")
         if isinstance(value, list) or not _plausible(value):
             raise UserError(f"{name}: metric `{key}` is {value}")
         metrics[key] = value
-    facts = dict(content.config_records.get("facts", ConfigRecord()).items())
+    facts = dict(record_of(content, "facts", ConfigRecord) or {})
     if set(facts) - {"spec", "fingerprint"} or not all(isinstance(value, str) for value in facts.values()):
         raise UserError(f"{name}: undeclared fact in the answer")
     return Answer(
@@ -226,14 +286,13 @@ def decode_answer(content: RecordDict, kind: Kind, sender: str) -> Answer:
 
 
 def _decode_privacy(content: RecordDict, site: str) -> PrivacyStatement | None:
-    record = content.config_records.get("privacy")
+    record = record_of(content, "privacy", ConfigRecord)
     if record is None:
         return None
-    defaults = asdict(PrivacyStatement(enabled=False))
-    if set(record) != set(defaults):
+    if set(record) != set(_STATEMENT):
         raise UserError(f"{site}: its privacy statement has an unknown or missing entry")
     values: dict[str, Any] = {}
-    for key, default in defaults.items():
+    for key, default in _STATEMENT.items():
         value: Any = record[key]
         if not _fits(key, value, default):
             raise UserError(f"{site}: the entry `{key}` of its privacy statement is {value!r}")
@@ -284,10 +343,17 @@ def no_answer(message: Message, fault: Fault, why: str) -> Message:
 def content_bytes(content: RecordDict) -> int:
     """Payload of a message in bytes: array data and the JSON of everything else."""
     total = 0
-    for arrays in content.array_records.values():
-        total += sum(len(array.data) for array in arrays.values())
-    for settings in content.config_records.values():
-        total += len(json.dumps(dict(settings), default=str))
-    for metrics in content.metric_records.values():
-        total += len(json.dumps(dict(metrics)))
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+            continue
+        # The configuration of thousands of sites is one long text, and the same in every instruction.
+        long = {key: text for key, text in record.items() if isinstance(text, str) and len(text) >= _LONG}
+        short = {key: "" if key in long else value for key, value in record.items()}
+        total += len(json.dumps(short, default=str)) + sum(_json_bytes(text) - 2 for text in long.values())
     return total
+
+
+@lru_cache(maxsize=8)
+def _json_bytes(text: str) -> int:
+    return len(json.dumps(text))

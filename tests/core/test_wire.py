@@ -332,6 +332,7 @@ def archive() -> bytes:
         b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (10**9,), }".ljust(117) + b"\n",
         npy(np.zeros(6, "f4, i4")),
         npy(np.zeros(7, "f4")),
+        npy(STATE["a"].reshape(-1)) + b"a secret",
     ],
 )
 def test_an_array_that_is_not_what_it_says_is_refused(data, refused):
@@ -348,6 +349,27 @@ def test_an_array_of_another_serialisation_is_refused(refused):
     arrays["float32"] = Array(dtype="float32", shape=(6,), stype="pickle", data=arrays["float32"].data)
     with refused("north: the packed float32 array cannot be read"):
         decode_adapter(copied(content, adapter=ArrayRecord(arrays)), SPEC, sender="north")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_array_that_another_numpy_wrote_is_read_all_the_same(order):
+    numbers, buffer = STATE["a"].reshape(-1).astype(f"{order}f4"), BytesIO()
+    np.lib.format.write_array(buffer, numbers, version=(2, 0))
+    content = encode_adapter(STATE, wire="fp32")
+    arrays = {**content["adapter"], "float32": Array("float32", (6,), "numpy.ndarray", buffer.getvalue())}
+    read = decode_adapter(copied(content, adapter=ArrayRecord(arrays)), SPEC, sender="north")
+    assert read == STATE
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_what_is_packed_is_what_flower_would_have_written(dtype, size):
+    array = np.arange(size, dtype=dtype)
+    spec = AdapterSpec("lora", (TensorSpec("a", (size,), array.dtype.name),))
+    state = AdapterState(spec, {"a": array})
+    content = encode_adapter(state, wire="fp32")
+    assert dict(content["adapter"]) == {array.dtype.name: Array(array)}
+    assert decode_adapter(content, spec, sender="north") == state
 
 
 def test_a_missing_or_extra_array_is_refused(refused):
@@ -379,6 +401,8 @@ def test_bytes_are_those_of_arrays_and_entries():
     assert content_bytes(content) == arrays + entries
     more = copied(content, facts=ConfigRecord({"spec": "s" * 101, "fingerprint": "f"}))
     assert content_bytes(more) == content_bytes(content) + 100
+    long = RecordDict({"job": replace(JOB, config='{"name": "ü\\n' + "x" * 5000).to_record()})
+    assert content_bytes(long) == len(json.dumps(dict(long["job"])))
 
 
 # Fuzz
