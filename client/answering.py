@@ -39,6 +39,7 @@ from ..strategies import LocalRule, Training, create_aggregator
 from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
 from .data import SiteData
+from .devicememory import OnSmaller
 from .evaluation import evaluate
 from .gate import left, require_allowed, require_refusal
 from .job import own_version, shared_tensors
@@ -47,7 +48,7 @@ from .policy import Dataset, NoPolicyError, Policy, PolicyError
 from .prepared import Prepared, prepare
 from .resident import Resident, resident
 from .together import train_together
-from .trainer import Lesson, Trained
+from .trainer import Lesson, Trained, require_memory
 from .upload import packed
 
 log = logging.getLogger("fedgraft.site")
@@ -218,9 +219,9 @@ class SiteClient:
         )
         return answer
 
-    def _noting(self, site: str) -> Callable[[str], None]:
-        """What tells whoever watches, at the site, something about its training."""
-        return lambda text: self._watch.note(f"site {site}: {text}")
+    def _smaller(self, site: str) -> OnSmaller:
+        """What tells whoever watches, at the site, that fewer examples pass at a time."""
+        return lambda setting, size, text: self._watch.smaller_batch(site, setting, size, text)
 
     def _refusal(self, error: Exception, visit: _Visit) -> RecordDict:
         log.error("site %s: %s", visit.site, one_line(error), exc_info=not isinstance(error, UserError))
@@ -249,6 +250,9 @@ class SiteClient:
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
         self._rule(job, config, here.site, {})  # a site that cannot do its part says so now
+        if job.round <= config.rounds:
+            smaller = self._smaller(here.site)
+            require_memory(model, prepared.train, config, private=config.privacy.enabled, on_smaller=smaller)
         if config.privacy.enabled and job.round <= config.rounds:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
             plan = plan_of(job, config, prepared)
@@ -317,7 +321,7 @@ class SiteClient:
                 noise=noise,
                 on_step=on_step,
                 rule=rule,
-                note=self._noting(here.site),
+                on_smaller=self._smaller(here.site),
             )
             personal = yield from self._personal(rule, known, received, prepared, model, config, job, here.site)
         except BaseException:
@@ -432,7 +436,7 @@ class SiteClient:
             round=job.round,
             plan=None,
             rule=own,
-            note=self._noting(site),
+            on_smaller=self._smaller(site),
         )
         return {_PERSONAL: trained.state.only(received.spec.bare.names)}
 
@@ -446,7 +450,7 @@ class SiteClient:
         if config.evaluation_release == "noised":
             metrics = self._noised_counts(job, config, here.site, prepared, model, state)
         elif config.evaluation_release == "exact_not_private":
-            metrics = evaluate(model, state, prepared.held_out, config, note=self._noting(here.site)).exact()
+            metrics = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(here.site)).exact()
         privacy = promise(config, prepared)
         return encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
 
@@ -456,7 +460,7 @@ class SiteClient:
         """Evaluation counts that the budget of the held-out units has paid for."""
         event = event_of_release(job, config, prepared)
         reserved = reserve(job, config, prepared, event, "held-out")
-        scores = evaluate(model, state, prepared.held_out, config, note=self._noting(site))
+        scores = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(site))
         if config.privacy.seeded_noise_not_private:
             stream = RandomStream.seeded_not_private(config.seed, site, job.round, "evaluation")
         else:

@@ -12,7 +12,7 @@ from ..core.config import RunConfig
 from ..core.profile import section
 from ..core.tasks import Example
 from ..privacy.release import Scores
-from .devicememory import Note, PhysicalBatch, told_when_full
+from .devicememory import OnSmaller, PhysicalBatch, told_when_full
 from .resident import Resident
 from .trainer import autocast, by_length, to_device
 
@@ -23,11 +23,11 @@ def evaluate(
     examples: Sequence[Example],
     config: RunConfig,
     *,
-    note: Note = lambda text: None,
+    on_smaller: OnSmaller = lambda setting, size, text: None,
 ) -> Scores:
     """Scores of the adapter ``state`` on each of ``examples``, in their order. They must not leave the site as such.
 
-    Where memory runs out, fewer examples pass at a time, which ``note`` is told once; raises :class:`UserError` when
+    Where memory runs out, fewer examples pass at a time, which ``on_smaller`` is told; raises :class:`UserError` when
     even one is too much.
     """
     resident.adapter.write(state)
@@ -42,7 +42,7 @@ def evaluate(
             for key, values in resident.task.counts(resident.adapter.model, tensors).items():
                 found[key][where] = values.double().cpu().numpy()
 
-    batch = PhysicalBatch(resident, config, "evaluate.batch_size", config.evaluate.batch_size, note)
+    batch = PhysicalBatch(resident, config, "evaluate.batch_size", config.evaluate.batch_size, on_smaller)
     with (
         section("evaluation"),
         told_when_full(resident.device, config),

@@ -27,7 +27,7 @@ from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
 from ..privacy.sampling import Sample, draw, shares, shuffled_batches
 from ..strategies import LocalRule
-from .devicememory import Note, PhysicalBatch, told_when_full
+from .devicememory import OnSmaller, PhysicalBatch, require_room, told_when_full
 from .resident import Resident
 
 #: Called after each step with (step, loss); the loss is for whoever sits at the site and is None under DP.
@@ -66,7 +66,7 @@ class Lesson:
     noise: CorrelatedNoise | None = None
     on_step: OnStep = lambda step, loss: None
     rule: LocalRule | None = None
-    note: Note = lambda text: None
+    on_smaller: OnSmaller = lambda setting, size, text: None
 
     def train(self) -> Trained:
         """Train alone."""
@@ -84,7 +84,7 @@ class Lesson:
             noise=self.noise,
             on_step=self.on_step,
             rule=self.rule,
-            note=self.note,
+            on_smaller=self.on_smaller,
         )
 
 
@@ -145,7 +145,7 @@ def train(
     on_step: OnStep = lambda step, loss: None,
     create: EngineFactory = create_engine,
     rule: LocalRule | None = None,
-    note: Note = lambda text: None,
+    on_smaller: OnSmaller = lambda setting, size, text: None,
 ) -> Trained:
     """Train ``state`` for ``train.local_steps`` steps and return it.
 
@@ -159,7 +159,7 @@ def train(
     puts one that it watches in its place. ``rule``: what the strategy has the site do otherwise; under privacy it sees
     gradients that are clipped and noised, and where it lets some tensors rest, only the others are clipped and noised.
 
-    A step for which memory runs out begins again with the same sample in smaller parts, which ``note`` is told once;
+    A step for which memory runs out begins again with the same sample in smaller parts, which ``on_smaller`` is told;
     raises :class:`UserError` when even one example is too much.
     """
     adapter, settings = resident.adapter, config.train
@@ -167,6 +167,7 @@ def train(
         raise UserError("train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32")
     adapter.adopt(state.spec)
     adapter.write(state)
+    require_memory(resident, examples, config, private=plan is not None, on_smaller=on_smaller)
     trainables = adapter.trainables()
     optimizer = optimizer_of(settings, trainables.values())
     first = (round - 1) * settings.local_steps
@@ -174,16 +175,12 @@ def train(
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
     course = Course(rule, state, trainables)
-    batch = PhysicalBatch(resident, config, "train.micro_batch", settings.micro_batch, note, private=plan is not None)
+    batch = PhysicalBatch(
+        resident, config, "train.micro_batch", settings.micro_batch, on_smaller, private=plan is not None
+    )
     with (
         told_when_full(resident.device, config),
-        training_mode(
-            adapter.model,
-            settings,
-            # Opacus's hooks see each layer once only when the recomputation is reentrant.
-            reentrant=plan is not None and config.privacy.engine == "opacus",
-            dropout=config.method.dropout > 0,
-        ),
+        training_mode(adapter.model, config, private=plan is not None),
         torch.random.fork_rng(devices=_cuda(resident.device)),
     ):
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
@@ -240,6 +237,37 @@ def train(
     except UserError as error:
         raise UserError(f"training diverged in round {round}: {error}; lower train.lr") from None
     return Trained(trained, settings.local_steps, sum(losses) / len(losses) if losses else None, clip)
+
+
+def require_memory(
+    resident: Resident, examples: Sequence[Example], config: RunConfig, *, private: bool, on_smaller: OnSmaller
+) -> None:
+    """Have only as many examples pass at a time as fit into the device's memory, told to ``on_smaller``.
+
+    Raises :class:`UserError` with what a training needs and what there is, when not even one fits.
+    """
+    model, trainables = resident.adapter.model, resident.adapter.trainables()
+
+    def rehearse(micro: list[Example]) -> None:
+        """What a step does to memory, with nothing left of it."""
+        with (
+            training_mode(model, config, private=private),
+            torch.random.fork_rng(devices=_cuda(resident.device)),
+        ):
+            if not private:
+                scaler = torch.amp.GradScaler(resident.device.type, enabled=False)
+                plain_gradients(resident, micro, np.arange(len(micro)), config, scaler, len(micro))
+            else:
+                with create_engine(config.privacy.engine, model, trainables, config.privacy.clip) as gradients:
+                    gradients.expect(len(micro))
+                    with autocast(config.train, resident.device):
+                        batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
+                        losses = resident.task.losses(model, batch)
+                    gradients.rehearse(losses)
+        for parameter in trainables.values():
+            parameter.grad = None
+
+    require_room(resident, examples, config, rehearse, on_smaller, private=private)
 
 
 class Course:
@@ -424,12 +452,13 @@ class training_mode:
     site in its running mean, without noise.
     """
 
-    def __init__(self, model: Any, settings: TrainConfig, *, reentrant: bool, dropout: bool) -> None:
+    def __init__(self, model: Any, config: RunConfig, *, private: bool) -> None:
         self.model = model
-        self.settings = settings
-        self.reentrant = reentrant
+        self.settings = settings = config.train
+        # Opacus's hooks see each layer once only when the recomputation is reentrant.
+        self.reentrant = private and config.privacy.engine == "opacus"
         # A model of a few milliseconds a step would notice a walk over all its modules each round.
-        self.switches = settings.gradient_checkpointing or dropout
+        self.switches = settings.gradient_checkpointing or config.method.dropout > 0
 
     def __enter__(self) -> None:
         model, settings = self.model, self.settings

@@ -21,6 +21,10 @@ class Watch:
     def site_step(self, site: str, step: int, steps: int, loss: float | None, epsilon: float | None) -> None:
         """A simulated site has taken a step."""
 
+    def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
+        """At a simulated site memory has room for no more than ``size`` examples where ``setting`` asks for more."""
+        self.note(f"site {site}: {text}")
+
     def site_finished(self, kind: str, site: str) -> None:
         """A simulated site has answered."""
 
