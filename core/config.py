@@ -393,6 +393,8 @@ class SimulationConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> SimulationConfig:
+        if self.pooled and self.baseline not in ("central", "full"):
+            raise ValueError("simulation.pooled is written by the baselines central and full; leave it out")
         away = self.dropout
         if self.availability == "bernoulli" and self.period:
             raise ValueError('simulation.period is for simulation.availability "markov" or "daily"')
