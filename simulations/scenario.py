@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..client.data import SiteData, load_site, read_records, split
-from ..core.config import RunConfig, load_config
+from ..core.config import RunConfig, SimulationConfig, load_config
 from ..core.errors import UserError
-from . import icd10
+from . import baselines, icd10
 from .partition import class_shares, deal
 
 _FOLDER = Path(__file__).parent / "scenarios"
@@ -40,16 +40,20 @@ def load_scenario(name: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fill in what the data source knows: the label set, where none is configured."""
+    """Fill in what the data source knows (the label set, where none is configured) and what a baseline changes."""
     if config.data.source not in _SOURCES:
         raise UserError(f"data.source `{config.data.source}` is unknown; there are {', '.join(sorted(_SOURCES))}")
     if config.data.source == "icd10" and not config.task.labels:
-        return config.model_copy(update={"task": config.task.model_copy(update={"labels": icd10.labels()})})
-    return config
+        config = config.model_copy(update={"task": config.task.model_copy(update={"labels": icd10.labels()})})
+    return baselines.applied(config)
 
 
 def site_data(config: RunConfig) -> dict[str, SiteData]:
     """Every site's data, by name. Raises :class:`UserError` that names the site or file."""
+    if config.simulation.pooled:
+        data = config.data.model_copy(update={"sites": config.simulation.pooled})
+        apart = config.model_copy(update={"data": data, "simulation": SimulationConfig()})
+        return {baselines.POOLED: baselines.pool(site_data(apart).values())}
     sites = _SOURCES[config.data.source](config)
     for site, data in sites.items():
         if not len(data.held_out):
