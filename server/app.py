@@ -10,16 +10,25 @@ from flwr.serverapp import Grid, ServerApp
 from ..core.config import RunConfig, load_config
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
+from .onlooker import NOBODY, Onlooker
 from .rounds import Federation
 from .rundir import RunDirectory
 
 
 def run_on(
-    grid: Grid, config: RunConfig, output: Path, *, engine: str, resume: bool, watch: Watch = SILENT
+    grid: Grid,
+    config: RunConfig,
+    output: Path,
+    *,
+    engine: str,
+    resume: bool,
+    watch: Watch = SILENT,
+    onlooker: Onlooker = NOBODY,
 ) -> dict[str, object]:
     """Run a federation over ``grid`` into ``output`` and return its run.json."""
     with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
-        return Federation(grid, config, rundir, engine=engine, resume=resume, watch=watch).start()
+        run = Federation(grid, config, rundir, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
+        return run.start()
 
 
 app = ServerApp()
@@ -32,5 +41,9 @@ def main(grid: Grid, context: Context) -> None:
     if not settings["config"] or not (settings["output"] or settings["resume"]):
         raise UserError("give config=FILE and output=FOLDER (or resume=FOLDER) in the run configuration")
     config = load_config(settings["config"], settings["set"].splitlines())
+    if config.simulated:
+        raise UserError(
+            f"{settings['config']}: {config.simulated[0]} is for simulations; these sites are real, so leave it out"
+        )
     folder = Path(settings["resume"] or settings["output"])
     run_on(grid, config, folder, engine="flower", resume=bool(settings["resume"]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from ..core.config import RunConfig
 from ..core.errors import UserError, one_line
 from ..core.progress import SILENT, Watch
 from ..core.tasks import create_task
-from ..core.wire import Answer, Job, decode_answer
+from ..core.wire import FAULTS, Answer, Job, decode_answer
 from ..methods import attach, create_method
 from ..methods.principal import principal_factors
 from ..privacy.ledger import Ledger
@@ -32,11 +33,14 @@ from ..strategies.flower import PeftStrategy
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .files import write_folder
+from .onlooker import NOBODY, Onlooker
 from .report import write_report
 from .rundir import RunDirectory, now
 from .validation import make_score
 
 _POLL = 0.5
+#: More missing sites than these are told of in one line.
+_NAMED = 8
 
 
 def check(config: RunConfig) -> Aggregator:
@@ -76,23 +80,43 @@ def _central(aggregator: Aggregator, config: RunConfig, ledger: Ledger) -> Centr
 def tell(watch: Watch, line: dict[str, Any]) -> None:
     """Show ``watch`` a line of metrics.jsonl, and each site that is missing in it."""
     watch.phase_finished(line)
-    for site, reason in line["missing"].items():
+    missing, faults = line["missing"], list(line.get("faults", {}).values())
+    if len(missing) > _NAMED:
+        kinds = counted({fault: faults.count(fault) for fault in FAULTS})
+        watch.note(f"round {line['round']}: {len(missing)} sites are missing ({kinds}); metrics.jsonl names them")
+        return
+    for site, reason in missing.items():
         watch.note(f"round {line['round']}: {site} is missing: {reason.removeprefix(f'{site}: ')}")
+
+
+def counted(faults: Mapping[str, int]) -> str:
+    """``3 absent, 1 late``."""
+    return ", ".join(f"{count} {fault}" for fault, count in faults.items() if count)
 
 
 class Federation:
     """One run from its first join to its report.
 
-    ``grid``: Flower's, or a simulation's; ``rundir``: new, or with ``resume`` one that holds checkpoints.
+    ``grid``: Flower's, or a simulation's; ``rundir``: new, or with ``resume`` one that holds checkpoints; ``onlooker``:
+    what a simulation adds to the record.
     """
 
     def __init__(
-        self, grid: Grid, config: RunConfig, rundir: RunDirectory, *, engine: str, resume: bool, watch: Watch = SILENT
+        self,
+        grid: Grid,
+        config: RunConfig,
+        rundir: RunDirectory,
+        *,
+        engine: str,
+        resume: bool,
+        watch: Watch = SILENT,
+        onlooker: Onlooker = NOBODY,
     ) -> None:
         self.grid = grid
         self.config = config
         self.rundir = rundir
         self.watch = watch
+        self.onlooker = onlooker
         self.engine = engine
         self.aggregator = check(config)
         self.central: CentralPrivacy | None = None
@@ -222,9 +246,18 @@ class Federation:
 
     # Joining
 
+    def rehearse(self) -> None:
+        """Ask the sites that are there who they are, and train nothing.
+
+        Raises :class:`UserError` for what a site refuses before it has spent anything.
+        """
+        self._greet(refuse=True)
+
     def _join(self) -> None:
         """Wait for the sites, ask each who it is, and refuse the run if one does not fit."""
-        wanted = set(self.config.site_names)
+        first = self.checkpoint.round + 1
+        # A simulated site may come later, or be gone already.
+        wanted = {s.name for s in self.config.data.sites if s.joins <= first and not 0 < s.leaves <= first}
         deadline = time.monotonic() + self.config.server.join_timeout
         while True:
             self._greet(refuse=True)
@@ -239,7 +272,6 @@ class Federation:
             time.sleep(_POLL)
         for site in sorted(wanted - here):
             self.watch.note(f"site {site} did not join; the run goes on without it until it does")
-        first = self.checkpoint.round + 1
         self.watch.run_started(first_round=first, rounds=self.config.rounds, sites=self.facts)
 
     def _greet(self, *, refuse: bool) -> None:
@@ -348,7 +380,7 @@ class Federation:
         if self.central is not None and enough:
             line["central"] = self.central.last_round()
         missing = self.strategy.phase.missing
-        self._log(line)
+        self._log(line | self.onlooker.of_phase(self.strategy.phase, self.strategy.state))
         if not enough:
             answered = len(self.strategy.phase.metrics.keys() - missing.keys())
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
@@ -363,7 +395,8 @@ class Federation:
         self.watch.phase_started("evaluate", number, len(self.strategy.sites))
         self._exchange(self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid))
         self.strategy.totals()
-        self._log(self.strategy.record(time.monotonic() - began))
+        line = self.strategy.record(time.monotonic() - began)
+        self._log(line | self.onlooker.of_phase(self.strategy.phase, self.strategy.state))
 
     def _log(self, line: dict[str, Any]) -> None:
         self.rundir.append_metrics(line)
@@ -430,6 +463,7 @@ class Federation:
             "accuracy": _ends(evaluations, "accuracy"),
             "loss": _ends(evaluations, "loss"),
             "sites": sites,
+            "missed": {fault: sum(site["missed"][fault] for site in sites.values()) for fault in FAULTS},
             "central": self._central(trainings),
             "bytes_up": up,
             "bytes_down": down,
@@ -439,12 +473,14 @@ class Federation:
             "seconds_round": round(sum(line["seconds"] for line in lines) / max(1, rounds), 3),
             "adapter_path": str(self.rundir.adapter),
             "report_path": str(self.rundir.path / "report.html"),
-            "warnings": self._warnings(sites, trainings),
+            "warnings": self._warnings(sites, lines),
+            **self.onlooker.of_run(lines),
         }
 
     def _site(self, name: str, evaluations: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> dict[str, Any]:
         answered = [line["sites"][name] for line in trainings if name in line["sites"]]
         scored = [line["sites"][name] for line in evaluations if name in line["sites"]]
+        missed = [line["faults"][name] for line in trainings if name in line.get("faults", ())]
         accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
         facts = self.facts.get(name, {})
         spent = [a["privacy"] for a in (*answered, *scored) if "privacy" in a]
@@ -462,10 +498,11 @@ class Federation:
             "delta": privacy["delta"] if privacy else None,
             "unit": privacy["unit"] if privacy else None,
             "rounds": len(answered),
+            "missed": {fault: missed.count(fault) for fault in FAULTS},
             "privacy": privacy,
         }
 
-    def _warnings(self, sites: dict[str, Any], trainings: list[dict[str, Any]]) -> list[str]:
+    def _warnings(self, sites: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
         warnings = []
         if not self.config.privacy.enabled and self.central is not None:
             warnings.append("the sites add no noise (privacy.enabled = false): the server sees each update as trained")
@@ -478,11 +515,28 @@ class Federation:
                 "the central noise came from the run's seed (central.seeded_noise_not_private): it protects nobody"
             )
         warnings += self._beforehand()
-        for name, site in sites.items():
-            asked = sum(name not in line.get("resting", ()) for line in trainings)
-            if site["rounds"] < asked:
-                warnings.append(f"{name} answered in {site['rounds']} of {asked} rounds")
+        warnings += self._absences(sites, [line for line in lines if line["kind"] == "train"])
+        if self.config.privacy.enabled:
+            silent = _silent(lines)
+            if silent:
+                warnings.append(
+                    f"{', '.join(silent[:_NAMED])}{', ...' if len(silent) > _NAMED else ''}: a training was lost, and "
+                    "nothing was heard since: its ledger holds more than the epsilon that is told here"
+                )
         return warnings
+
+    @staticmethod
+    def _absences(sites: dict[str, Any], trainings: list[dict[str, Any]]) -> list[str]:
+        resting = Counter(name for line in trainings for name in line.get("resting", ()))
+        asked = {name: len(trainings) - resting[name] for name in sites}
+        missed = [name for name, site in sites.items() if site["rounds"] < asked[name]]
+        if len(missed) > _NAMED:
+            kinds = counted({fault: sum(sites[name]["missed"][fault] for name in missed) for fault in FAULTS})
+            return [f"{len(missed)} of {len(sites)} sites missed rounds ({kinds}); run.json counts them by site"]
+        return [
+            f"{name} answered in {sites[name]['rounds']} of {asked[name]} rounds ({counted(sites[name]['missed'])})"
+            for name in missed
+        ]
 
     def _beforehand(self) -> list[str]:
         """What is known to be doubtful before the first round."""
@@ -504,6 +558,16 @@ class Federation:
         if self.central is None:
             return None
         return self.central.section(self._shared, [x["central"]["clip"] for x in trainings if "central" in x])
+
+
+def _silent(lines: list[dict[str, Any]]) -> list[str]:
+    """The sites that may have spent privacy after they last said how much."""
+    last: dict[str, bool] = {}
+    for line in lines:
+        last |= dict.fromkeys(line["sites"], False)
+        if line["kind"] == "train":
+            last |= {name: True for name, fault in line.get("faults", {}).items() if fault != "absent"}
+    return sorted(name for name, lost in last.items() if lost)
 
 
 def _ends(evaluations: list[dict[str, Any]], key: str) -> dict[str, float | None]:

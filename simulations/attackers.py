@@ -14,6 +14,7 @@ from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..strategies import LocalRule, Training
 from ..strategies.wrapping import WrappedRule
+from .backdoor import boost
 
 #: How long a random change is when nothing is said, over the change that the site learned.
 _LOUD = 10.0
@@ -107,4 +108,5 @@ def attacking(rule: LocalRule | None, config: RunConfig, training: Training) -> 
     text = own.attack if own is not None else ""
     if text in ("", "nan"):
         return rule
-    return Attacker(training, rule.memory if rule is not None else {}, rule, Attack.named(text), config.seed)
+    attack = Attack(boost(config)) if text.startswith("backdoor:") else Attack.named(text)
+    return Attacker(training, rule.memory if rule is not None else {}, rule, attack, config.seed)

@@ -62,8 +62,8 @@ class Fates:
         return Fate("late", f"no answer in {clock.deadline:g} virtual seconds")
 
 
-def require_enough(config: RunConfig, first_round: int = 1) -> None:
-    """Raise :class:`UserError` when some round from ``first_round`` on is bound to miss its quorum.
+def require_enough(config: RunConfig) -> None:
+    """Raise :class:`UserError` when some round is bound to miss its quorum.
 
     Whom the seed sends away is known beforehand, so a run that must fail fails before anything is spent.
     """
@@ -74,7 +74,7 @@ def require_enough(config: RunConfig, first_round: int = 1) -> None:
     liars = {site.name for site in config.data.sites if site.attack == "nan"}
     if fates.none:
         return
-    for number in range(first_round, config.rounds + 1):
+    for number in range(1, config.rounds + 1):
         left = [
             site
             for site in config.site_names

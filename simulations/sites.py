@@ -19,6 +19,7 @@ from ..core.progress import SILENT, Watch
 from ..core.wire import Kind, content_bytes, decode_job, no_answer
 from ..strategies import LocalRule, Training
 from .attackers import attacking, sends_nan, spoilt
+from .backdoor import poisoned
 from .fate import Doomed, Fate, Fates
 from .scenario import site_data
 
@@ -52,7 +53,7 @@ class SimulatedSites:
             return load_policy(own) if own is not None and own.exists() else unrestricted()
 
         def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
-            return site_data(config)[site]
+            return poisoned(site_data(config)[site], config)
 
         self._client = SiteClient(Surroundings(own_name, place, policy, data, self._rule), watch)
         self._fates: OrderedDict[str, Fates] = OrderedDict()
