@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import PrivateError, UserError, one_line
+from ..core.profile import section
 from ..core.progress import SILENT, Watch
+from ..core.recent import Recent
 from ..core.wire import (
     NEEDS_STATE,
     Job,
@@ -28,6 +30,7 @@ from ..core.wire import (
     encode_adapter,
     encode_answer,
     encode_refusal,
+    record_of,
 )
 from ..privacy.clipping import require_exact
 from ..privacy.correlated import CorrelatedNoise, seeded_key_not_private, site_key
@@ -42,10 +45,10 @@ from .data import SiteData
 from .devicememory import OnSmaller
 from .evaluation import evaluate
 from .gate import left, require_allowed, require_refusal
-from .job import own_version, shared_tensors
+from .job import own_version, sharing
 from .memory import SiteMemory
 from .policy import Dataset, NoPolicyError, Policy, PolicyError
-from .prepared import Prepared, prepare
+from .prepared import Encoded, Prepared, encode, ledger_of
 from .resident import Resident, resident
 from .together import train_together
 from .trainer import Lesson, Trained, require_memory
@@ -53,6 +56,8 @@ from .upload import packed
 
 log = logging.getLogger("fedgraft.site")
 _NOISES = 8
+_BOOKS = 32
+_VERSIONS = 16
 # What a site remembers beside what its strategy does, by name.
 _LOCAL, _PERSONAL = "site-local", "site-personal"
 
@@ -72,6 +77,7 @@ class Surroundings:
     ``name``: which site it is (of the run, where there is a configuration); ``folder``: its own folder, for ledgers and
     audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
     the place that the policy names. ``rule`` gives a simulated attacker its own part in place of the strategy's.
+    ``durable``: whether ledger and audit log survive a loss of power, see :mod:`fedgraft.privacy.journal`.
     """
 
     name: Callable[[RunConfig | None, Context], str]
@@ -79,6 +85,7 @@ class Surroundings:
     policy: Callable[[Path | None, Context], Policy]
     data: Callable[[RunConfig, str, Path, Context], SiteData]
     rule: Callable[[LocalRule | None, RunConfig, Training], LocalRule | None] = lambda rule, config, training: rule
+    durable: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class _Visit:
     """What is known of an instruction so far."""
 
     kind: Kind
+    durable: bool
     site: str = "?"
     folder: Path | None = None
     job: Job | None = None
@@ -108,7 +116,9 @@ class _Visit:
         job = self.job
         about = {"run": job.run, "round": job.round} if job is not None else {}
         about |= {"job": self.digest} if self.digest else {}
-        AuditLog(self.folder).write(event, site=self.site, kind=self.kind, **about, **values)
+        with section("disk"):
+            audit_log = AuditLog(self.folder, durable=self.durable)
+            audit_log.write(event, site=self.site, kind=self.kind, **about, **values)
 
 
 class SiteClient:
@@ -117,15 +127,18 @@ class SiteClient:
     def __init__(self, surroundings: Surroundings, watch: Watch = SILENT) -> None:
         self._surroundings = surroundings
         self._watch = watch
-        self._configs: OrderedDict[str, tuple[RunConfig, str]] = OrderedDict()
-        self._prepared: dict[tuple[str, ...], Prepared] = {}
+        self._encoded: dict[tuple[str, ...], Encoded] = {}
+        self._sharing: Recent[tuple[str | int, ...], Callable[[str], tuple[str, ...]]] = Recent(_VERSIONS)
+        # Ledgers and memories: those of the last sites, since files hold what they know; those of sites without a
+        # folder (in tests) are all there is.
+        self._books: Recent[tuple[str, ...], Any] = Recent(_BOOKS)
+        self._loose: Recent[tuple[str, ...], Any] = Recent(None)
         # Correlated noise goes on from round to round; its last rows are kept, or would have to be drawn anew.
         self._noise: OrderedDict[tuple[str, ...], CorrelatedNoise] = OrderedDict()
-        self._memories: dict[tuple[str, str, str], SiteMemory] = {}
         # Decisions that are in the audit log already: the policy and the job have not changed since.
         self._admitted: set[tuple[str, ...]] = set()
-        # The global adapter as it was last received, shared by the sites of this process: decoded, and packed again.
-        self._states: OrderedDict[tuple[str, str], tuple[AdapterState, RecordDict]] = OrderedDict()
+        # The global adapter as it was last received, shared by the sites of this process: decoded, and as it is held.
+        self._states: Recent[tuple[str, str], tuple[AdapterState, Mapping[str, Any]]] = Recent(2)
 
     def answer(self, kind: Kind, message: Message, context: Context) -> Message:
         """Do what the instruction says; a failure becomes a one-line answer that names the site."""
@@ -136,7 +149,7 @@ class SiteClient:
 
         Each site decides, spends, passes its gate and writes its audit log as if it were alone.
         """
-        visits = [_Visit(kind) for _ in calls]
+        visits = [_Visit(kind, self._surroundings.durable) for _ in calls]
         courses = [
             self._answered(visit, message.content, context)
             for visit, (message, context) in zip(visits, calls, strict=True)
@@ -166,7 +179,8 @@ class SiteClient:
         told: dict[str, Any] = {}
         if not isinstance(content, Exception):
             try:
-                event, told = "left", left(content)
+                with section("gate"):
+                    event, told = "left", left(content)
             except Exception as error:
                 content = error
         if isinstance(content, Exception):
@@ -186,7 +200,8 @@ class SiteClient:
             visit.site = self._surroundings.name(None, context)
             visit.folder = self._surroundings.folder(visit.site, context)
         job = visit.job = decode_job(content)
-        config, visit.digest = self._config(job.config)
+        config = config_from_json(job.config, "the server's configuration")
+        visit.digest = config.digest()
         site = visit.site = self._surroundings.name(config, context)
         if job.site and job.site != site:
             raise UserError(f"this is site {site}, the instruction is for {job.site}")
@@ -208,15 +223,16 @@ class SiteClient:
         else:
             handler = self._hello if visit.kind == "hello" else self._evaluate
             answer = handler(job, config, here, content)
-        require_allowed(
-            visit.kind,
-            answer,
-            config=config,
-            policy=policy,
-            dataset=dataset,
-            fingerprint=job.fingerprint,
-            received=received,
-        )
+        with section("gate"):
+            require_allowed(
+                visit.kind,
+                answer,
+                config=config,
+                policy=policy,
+                dataset=dataset,
+                fingerprint=job.fingerprint,
+                received=received,
+            )
         return answer
 
     def _smaller(self, site: str) -> OnSmaller:
@@ -298,7 +314,7 @@ class SiteClient:
             # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
             noise = self._correlated_noise(job, config, here, plan, received.spec)
             told = promise(config, prepared)
-        kept = here.context.state.config_records.get("clip", ConfigRecord())
+        kept = record_of(here.context.state, "clip", ConfigRecord) or ConfigRecord()
         taken = 0
 
         def on_step(step: int, loss: float | None) -> None:
@@ -494,15 +510,6 @@ class SiteClient:
                 self._noise.popitem(last=False)
         return self._noise[place]
 
-    def _config(self, text: str) -> tuple[RunConfig, str]:
-        """The configuration of an instruction, and its digest."""
-        if text not in self._configs:
-            config = config_from_json(text, "the server's configuration")
-            self._configs[text] = (config, config.digest())
-            while len(self._configs) > 2:
-                self._configs.popitem(last=False)
-        return self._configs[text]
-
     def _site(self, job: Job, config: RunConfig, here: _Here) -> tuple[Prepared, Resident]:
         site, policy, dataset = here.site, here.policy, here.dataset
         model = resident(config)
@@ -514,33 +521,47 @@ class SiteClient:
         place = policy.data_path(dataset)
         # One process may serve runs that differ in nothing but where the site's data and ledger lie.
         key = (job.config, site, str(here.folder), dataset.name, str(place))
-        if key not in self._prepared:
-            policy.require_tensors(shared_tensors(config, model, site))
-            data = self._surroundings.data(config, site, place, here.context)
-            self._prepared[key] = prepare(config, data, model, here.folder, dataset.name)
-        prepared = replace(self._prepared[key], limits=tuple(policy.limits(dataset)))
+        if key not in self._encoded:
+            # The data are those of the run, whatever else is written for this site alone.
+            whole = config_from_json(job.config, "the server's configuration")
+            version = (whole.digest(), config.model, config.method.rank)
+            shared = self._sharing.get(version, lambda: sharing(config, model))
+            policy.require_tensors(shared(site))
+            with section("data"):
+                data = self._surroundings.data(whole, site, place, here.context)
+                self._encoded[key] = encode(config, data, model)
+        encoded = self._encoded[key]
+        ledger = self._of(here).get(
+            ("ledger", *key),
+            lambda: ledger_of(config, encoded, here.folder, dataset.name, durable=self._surroundings.durable),
+        )
+        prepared = Prepared(**vars(encoded), ledger=ledger, limits=tuple(policy.limits(dataset)))
         policy.require_units(len(prepared.train), prepared.patients, dataset)
         return prepared, model
+
+    def _of(self, here: _Here) -> Recent[tuple[str, ...], Any]:
+        """Where the ledger and the memory of a site are at hand."""
+        return self._loose if here.folder is None else self._books
 
     def _receive(self, content: RecordDict, context: Context, model: Resident) -> AdapterState:
         """The global adapter of an instruction, completed from what this site holds, and held from now on."""
         table = decode_table(content, "the server")
         spec = model.adapter.spec
-        held = context.state.config_records.get("held.digest", ConfigRecord()).get("state")
+        held = (record_of(context.state, "held.digest", ConfigRecord) or ConfigRecord()).get("state")
         if table.rest and held != table.rest:
             raise _StateNotHeldError(f"the adapter {table.rest[:12]} that the instruction builds on is not held here")
-        key = (table.state, table.spec)
-        if key not in self._states:
+
+        def received() -> tuple[AdapterState, Mapping[str, Any]]:
             rest = self._held(context, spec) if table.rest else None
             state = decode_adapter(content, spec, sender="the server", held=rest)
-            self._states[key] = (state, encode_adapter(state, wire="fp32"))
-            while len(self._states) > 2:
-                self._states.popitem(last=False)
-        state, packed = self._states[key]
+            packed = encode_adapter(state, wire="fp32")
+            digest = ConfigRecord({"state": table.state})
+            return state, {"held.digest": digest, "held.adapter": packed["adapter"], "held.table": packed["table"]}
+
+        state, records = self._states.get((table.state, table.spec), received)
         if held != table.state:
-            context.state["held.digest"] = ConfigRecord({"state": table.state})
-            context.state["held.adapter"] = packed["adapter"]
-            context.state["held.table"] = packed["table"]
+            for name, record in records.items():
+                context.state[name] = record
         return state
 
     def _held(self, context: Context, spec: AdapterSpec) -> AdapterState:
@@ -548,10 +569,8 @@ class SiteClient:
         return decode_adapter(content, spec, sender="this site's own memory")
 
     def _memory(self, job: Job, here: _Here) -> SiteMemory:
-        key = (str(here.folder), here.site, job.run)
-        if key not in self._memories:
-            self._memories[key] = SiteMemory(here.folder, job.run)
-        return self._memories[key]
+        key = ("memory", str(here.folder), here.site, job.run)
+        return self._of(here).get(key, lambda: SiteMemory(here.folder, job.run))
 
 
 def _with_local(state: AdapterState, known: Mapping[str, AdapterState]) -> AdapterState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..strategies.compose import compose
@@ -20,10 +22,22 @@ def own_version(config: RunConfig, site: str) -> RunConfig:
 
 def shared_tensors(config: RunConfig, model: Resident, site: str) -> tuple[str, ...]:
     """The tensors that a job would have leave: all of the adapter where its strategy is not known here."""
+    return sharing(config, model)(site)
+
+
+def sharing(config: RunConfig, model: Resident) -> Callable[[str], tuple[str, ...]]:
+    """:func:`shared_tensors` for many sites that have one version of the configuration."""
     try:
         aggregator = compose(config)
         # The resident adapter may still carry the policies and extras of another run.
-        fresh = model.adapter.read().with_spec(model.adapter.fresh)
-        return aggregator.for_site(aggregator.prepare(fresh), site).spec.select("share")
+        start = aggregator.prepare(model.adapter.read().with_spec(model.adapter.fresh))
     except UserError:
-        return model.adapter.fresh.names
+        return lambda site: model.adapter.fresh.names
+
+    def shared(site: str) -> tuple[str, ...]:
+        try:
+            return aggregator.for_site(start, site).spec.select("share")
+        except UserError:
+            return model.adapter.fresh.names
+
+    return shared

@@ -16,8 +16,8 @@ from .resident import Resident
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A site's encoded records and its privacy units."""
+class Encoded:
+    """A site's encoded records and its privacy units; ``fingerprint``: of the data."""
 
     train: list[Example]
     held_out: list[Example]
@@ -25,13 +25,20 @@ class Prepared:
     keys: list[bytes]
     patients: int
     held_out_groups: list[np.ndarray]
-    ledger: Ledger
+    fingerprint: str
     split: str
-    limits: tuple[Limit, ...] = ()
 
 
-def prepare(config: RunConfig, data: SiteData, model: Resident, folder: Path | None, dataset: str) -> Prepared:
-    """Encode ``data`` for ``model`` and group it by the run's privacy unit; ``folder`` is where the ledger lies.
+@dataclass(frozen=True)
+class Prepared(Encoded):
+    """The same with the ledger that pays for their use, and the limits of the site's policy."""
+
+    ledger: Ledger
+    limits: tuple[Limit, ...]
+
+
+def encode(config: RunConfig, data: SiteData, model: Resident) -> Encoded:
+    """Encode ``data`` for ``model`` and group it by the run's privacy unit.
 
     Raises :class:`UserError` when the unit is the patient and the records name none.
     """
@@ -40,18 +47,22 @@ def prepare(config: RunConfig, data: SiteData, model: Resident, folder: Path | N
     if by_patient and data.train.patients is None:
         raise UserError(f"site {data.site}: the privacy unit is the patient, but its records name none")
     groups, keys = data.train.units(by_patient=by_patient)
-    return Prepared(
+    return Encoded(
         train=task.encode(data.train.inputs, _labels(data.train.labels), processor),
         held_out=task.encode(data.held_out.inputs, _labels(data.held_out.labels), processor),
         groups=groups,
         keys=keys,
         patients=len(set(data.train.patients or ())),
         held_out_groups=data.held_out.units(by_patient=by_patient)[0],
-        ledger=Ledger(
-            folder / "ledgers" if folder else None, data.fingerprint, dataset=dataset, unit=config.privacy.unit
-        ),
+        fingerprint=data.fingerprint,
         split=_split(config, data),
     )
+
+
+def ledger_of(config: RunConfig, encoded: Encoded, folder: Path | None, dataset: str, *, durable: bool) -> Ledger:
+    """The ledger of these data, in the site's ``folder``."""
+    place = folder / "ledgers" if folder is not None else None
+    return Ledger(place, encoded.fingerprint, dataset=dataset, unit=config.privacy.unit, durable=durable)
 
 
 def _split(config: RunConfig, data: SiteData) -> str:

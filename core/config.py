@@ -14,7 +14,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -690,10 +690,16 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Run
         raise _explain(error, where) from None
 
 
+@lru_cache(maxsize=2)
+def _read(text: str) -> RunConfig:
+    # Every message carries the text, and each site of a process reads it.
+    return RunConfig.model_validate_json(text)
+
+
 def config_from_json(text: str, where: str = "configuration") -> RunConfig:
     """The inverse of :meth:`RunConfig.to_json`, strict."""
     try:
-        return RunConfig.model_validate_json(text)
+        return _read(text)
     except ValidationError as error:
         raise _explain(error, where) from None
 
