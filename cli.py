@@ -79,7 +79,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def simulate(
     config: Annotated[str, typer.Argument(help="A TOML file, or a scenario that comes with fedgraft.")] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as you like.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "inprocess",
+    engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes of the engine workers; 0: one a GPU, or one a core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of the arithmetic in each process; 0: all cores.")] = 0,
     cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 1,
@@ -91,10 +91,13 @@ def simulate(
     """Run a whole federation on this machine."""
     from .simulations import run as runs
     from .simulations.display import Live, closing_lines, final_table
+    from .simulations.engines import torchrun
     from .simulations.execution import Execution
     from .simulations.scenario import load_scenario
 
     execution = Execution(engine, workers, threads, cohort, profile)  # type: ignore[arg-type]
+    if torchrun.serves():
+        torchrun.join()
     console = Console(stderr=True)
     if resume is not None:
         settings, rounds = _resumed_config(resume, config, overrides or [], output)

@@ -60,6 +60,11 @@ def profiling(profile: Profile) -> Iterator[Profile]:
         _current.reset(token)
 
 
+def current() -> Profile | None:
+    """The profile that is on."""
+    return _current.get()
+
+
 def section(name: Section) -> AbstractContextManager[None]:
     """A part of the work, measured while a profile is on; costs next to nothing while none is."""
     profile = _current.get()

@@ -16,8 +16,10 @@ from ..client.app import client_app
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
+from .choice import on_flower
 from .display import Lines, closing_lines, final_table
 from .fate import require_enough
+from .onlooker import Simulator
 from .scenario import load_scenario
 from .sites import SimulatedSites
 
@@ -63,7 +65,15 @@ def _run(grid: Grid, context: Context, console: Console) -> None:
     config = load_scenario(str(settings.get("config", "")), overrides)
     require_enough(config)
     watch, folder = Lines(console, config), run_folder(context)
-    run = run_on(grid, config, folder, engine="flower", resume=bool(settings.get("resume")), watch=watch)
+    run = run_on(
+        grid,
+        config,
+        folder,
+        engine="flower",
+        resume=bool(settings.get("resume")),
+        watch=watch,
+        onlooker=Simulator(config, on_flower(int(settings.get("threads", 1))).told()),
+    )
     console.print(final_table(run))
     for line in closing_lines(run):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

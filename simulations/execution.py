@@ -36,3 +36,11 @@ class Execution:
                 raise UserError(f"--{name} {getattr(self, name)} is negative; 0 lets the engine choose")
         if self.workers and self.engine not in ("auto", "workers"):
             raise UserError(f"--workers is for the engine `workers`, not `{self.engine}`")
+        if self.cohort != 1 and self.engine == "flower":
+            raise UserError(
+                "--cohort is for the engines `inprocess` and `workers`: Flower's runtime asks each site alone"
+            )
+        if self.profile and self.engine == "flower":
+            raise UserError(
+                "--profile is for the engines `inprocess` and `workers`: Flower's runtime has other processes"
+            )

@@ -1,22 +1,34 @@
-"""One simulated run: configuration in, run directory out, on either engine."""
+"""One simulated run: configuration in, run directory out, on any engine."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from flwr.serverapp import Grid
+
+from ..client.data import SiteData
 from ..core.config import RunConfig
 from ..core.errors import UserError
+from ..core.profile import current
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
 from ..server.rounds import check
-from ..server.rundir import RunDirectory, read_metrics
+from ..server.rundir import RunDirectory, read_metrics, read_run
 from .app import make_simulated_client
+from .backdoor import target
+from .choice import Choice, choose, load, threads
 from .engines.flower import LOG, run_flower
 from .engines.inprocess import InProcessGrid
+from .engines.pool import Pool
+from .engines.workers import WorkersGrid
 from .execution import Execution
+from .fate import require_enough
+from .onlooker import Simulator
 from .scenario import complete, site_data
 
 DEFAULT = Execution()
@@ -35,8 +47,7 @@ def simulate(
     Everything that a person may have got wrong is checked first. Raises :class:`UserError` with one line.
     """
     config = complete(config)
-    check(config)
-    site_data(config)
+    require_runnable(config)
     output = output or default_output(config)
     existed = output.exists()
     try:
@@ -59,14 +70,48 @@ def resume(
         config = rundir.config()
     if rounds is not None:
         config = config.model_copy(update={"rounds": rounds})
+    require_runnable(config)
+    before = read_run(folder).get("execution")
+    return _run(config, folder, execution, before=before, resume=True, watch=watch)
+
+
+def require_runnable(config: RunConfig) -> None:
+    """Refuse what cannot work before anything is loaded. Raises :class:`UserError`."""
     check(config)
+    require_enough(config)
+    target(config)
     site_data(config)
-    return _run(config, folder, execution, resume=True, watch=watch)
 
 
-def _run(config: RunConfig, output: Path, execution: Execution, *, resume: bool, watch: Watch) -> dict[str, Any]:
-    if execution.engine == "flower":
-        return run_flower(config, output, resume=resume, watch=watch)
-    client = make_simulated_client(output.absolute(), watch)
-    grid = InProcessGrid(client, len(config.site_names))
-    return run_on(grid, config, output, engine=execution.engine, resume=resume, watch=watch)
+def _run(
+    config: RunConfig,
+    output: Path,
+    execution: Execution,
+    *,
+    before: Mapping[str, Any] | None = None,
+    resume: bool,
+    watch: Watch,
+) -> dict[str, Any]:
+    data = site_data(config)
+    choice = choose(execution, config, data, before)
+    if execution.engine == "auto":
+        watch.note(choice.line)
+    if choice.engine == "flower":
+        return run_flower(config, output, threads=choice.threads, resume=resume, watch=watch)
+    onlooker = Simulator(config, choice.told())
+    with threads(choice.threads), _grid(choice, config, data, output.absolute(), watch) as grid:
+        baseline = config.simulation.baseline
+        engine = f"baseline:{baseline}" if baseline else choice.engine
+        return run_on(grid, config, output, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
+
+
+@contextmanager
+def _grid(
+    choice: Choice, config: RunConfig, data: Mapping[str, SiteData], folder: Path, watch: Watch
+) -> Iterator[Grid]:
+    if choice.engine == "inprocess":
+        yield InProcessGrid(make_simulated_client(folder, watch), len(config.site_names))
+        return
+    with Pool(config, choice.workers, choice.threads) as pool:
+        loads = [load(config, data[name]) for name in config.site_names]
+        yield WorkersGrid(pool, loads, folder, cohort=choice.cohort, profile=current(), watch=watch)

@@ -45,6 +45,7 @@ config = ""
 set = ""
 output = ""
 resume = ""
+threads = 1
 """
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -60,9 +61,12 @@ _START_TIMEOUT = 60.0
 _STOP_TIMEOUT = 15.0
 
 
-def run_flower(config: RunConfig, output: Path, *, resume: bool, watch: Watch = SILENT) -> dict[str, Any]:
+def run_flower(
+    config: RunConfig, output: Path, *, threads: int = 1, resume: bool, watch: Watch = SILENT
+) -> dict[str, Any]:
     """Run ``config`` on Flower's simulation runtime into ``output`` and return its run.json.
 
+    ``threads``: cores that the runtime gives a site at work, which computes with as many threads.
     Raises :class:`UserError` when Ray is not installed, or with the run's own error.
     """
     if shutil.which("flower-superlink", path=_path()) is None or not _has_ray():
@@ -78,7 +82,7 @@ def run_flower(config: RunConfig, output: Path, *, resume: bool, watch: Watch = 
         write_text(settings, config.to_json())
         key = "resume" if resume else "output"
         before = read_run(output).get("resumed", []) if resume else None
-        with _superlink(home) as address:
+        with _superlink(home, threads) as address:
             (home / "config.toml").write_text(
                 f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n',
                 encoding="utf-8",
@@ -86,11 +90,12 @@ def run_flower(config: RunConfig, output: Path, *, resume: bool, watch: Watch = 
             gpus = 1 if torch.cuda.is_available() else 0
             command = [
                 *("flwr", "run", str(app), "here", "--stream"),
-                *("--run-config", f'config="{settings}" {key}="{output}"'),
+                *("--run-config", f'config="{settings}" {key}="{output}" threads={threads}'),
                 "--federation-config",
-                f"num-supernodes={len(config.site_names)} client-resources-num-cpus=1 client-resources-num-gpus={gpus}",
+                f"num-supernodes={len(config.site_names)} client-resources-num-cpus={threads} "
+                f"client-resources-num-gpus={gpus}",
             ]
-            log = _follow(command, home, output, before, watch)
+            log = _follow(command, home, output, before, threads, watch)
         return _outcome(output, before, log, watch)
 
 
@@ -105,8 +110,9 @@ def _has_ray() -> bool:
     return importlib.util.find_spec("ray") is not None
 
 
-def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, **_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": _path()}
+def _environment(home: Path, threads: int) -> dict[str, str]:
+    own = {"FLWR_HOME": str(home), "PATH": _path(), "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **_ENVIRONMENT, **own}
 
 
 def _free_ports(count: int) -> list[int]:
@@ -118,7 +124,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _superlink(home: Path) -> Iterator[str]:
+def _superlink(home: Path, threads: int) -> Iterator[str]:
     """A SuperLink in simulation mode for one run; yields its address, and ends it with all its children."""
     control, http = _free_ports(2)
     log = home / "superlink.log"
@@ -128,7 +134,11 @@ def _superlink(home: Path) -> Iterator[str]:
         *("--log-file", str(log)),
     ]
     process = subprocess.Popen(
-        command, env=_environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=_environment(home, threads),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + _START_TIMEOUT
@@ -164,13 +174,18 @@ def _end(pid: int) -> None:
             process.kill()
 
 
-def _follow(command: list[str], home: Path, output: Path, before: list[Any] | None, watch: Watch) -> Path:
+def _follow(command: list[str], home: Path, output: Path, before: list[Any] | None, threads: int, watch: Watch) -> Path:
     """Run `flwr run`, pass on each line of metrics.jsonl as it appears, and return its log."""
     log = home / "run.log"
     seen = len(read_metrics(output))
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, env=_environment(home), cwd=home, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=_environment(home, threads),
+            cwd=home,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             while process.poll() is None:

@@ -259,7 +259,7 @@ def test_when_flowers_runtime_dies_its_last_word_is_told_and_its_log_kept(
         (home / "run.log").write_text("starting\nSomeError: out of memory\nbye\n")
         return home / "run.log"
 
-    monkeypatch.setattr(flower, "_superlink", lambda home: contextlib.nullcontext("127.0.0.1:1"))
+    monkeypatch.setattr(flower, "_superlink", lambda home, threads: contextlib.nullcontext("127.0.0.1:1"))
     monkeypatch.setattr(flower, "_follow", dies)
     with pytest.raises(UserError) as caught:
         runs.simulate(tiny_federation.config(), tmp_path / "run", execution=Execution("flower"))
