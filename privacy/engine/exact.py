@@ -8,7 +8,7 @@ gradient in a flat buffer, and gives the trainable itself none: :mod:`.plan`, :m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,16 +30,15 @@ from .rules import EmbeddingRows, LayerNormRows, LinearRows, SpreadRows
 #: Bytes that the rows of one batch may take.
 MEMORY = 4 * 2**30
 
-# Models whose rows were once held against a backward pass of one example's own, with what trained then.
-_verified: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-
-
 # Layers that ran once, and which operation without a rule each met there, if any.
 _ways: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 class ExactGradients(ClippedGradients):
     """The engine ``exact``. ``memory``: bytes that one batch's rows may take; ``most_rows`` is what that allows."""
+
+    #: Models whose rows were once held against a backward pass of one example's own, with what trained then.
+    verified: ClassVar[WeakKeyDictionary[nn.Module, tuple[str, ...]]] = WeakKeyDictionary()
 
     def __init__(
         self, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float, memory: int = MEMORY
@@ -60,7 +59,7 @@ class ExactGradients(ClippedGradients):
         self.one_by_one: dict[str, str] = {}
         self._dimensions: dict[str, list[int]] = {}
         self._patched: list[tuple[Any, str, Any]] = []
-        self._verified = _verified.get(model) == tuple(self.trainables)
+        self._verified = self.verified.get(model) == tuple(self.trainables)
 
     # --- taking over ------------------------------------------------------------------------------------------------
 
@@ -287,19 +286,36 @@ class ExactGradients(ClippedGradients):
     def _backward(self, loss: torch.Tensor, *, keep_graph: bool) -> list[str]:
         """Fill the rows from ``loss``; gives the names of the trainables that none was written for."""
         self._forget()
-        self._dense.begin(self._batch or 0)
+        self._begin()
         for parameter in self.trainables.values():
             parameter.grad = None
         if loss.requires_grad:
             loss.backward(retain_graph=keep_graph)
-            self._waiting.pass_on()
+            self._pass_on()
         plain = [name for name, parameter in self.trainables.items() if parameter.grad is not None]
         for name in plain:
             self.trainables[name].grad = None
         if plain:
             raise refusal(plain[0], "it is used outside of the layer that owns it, or by an operation out of sight")
-        missing = {id(p) for p in self._dense.missing()} | {id_ for id_, kept in self._kept.items() if not kept.written}
+        missing = self._missing() | {id_ for id_, kept in self._kept.items() if not kept.written}
         return [name for name, parameter in self.trainables.items() if id(parameter) in missing]
+
+    def _begin(self) -> None:
+        """Make room for the rows of the batch."""
+        self._dense.begin(self._batch or 0)
+
+    def _pass_on(self) -> None:
+        """Send the rows that wait to the trainables' own."""
+        self._waiting.pass_on()
+
+    def _missing(self) -> set[int]:
+        """Identities of the parameters that no rows were written for."""
+        return {id(parameter) for parameter in self._dense.missing()}
+
+    def _clear_missing(self) -> None:
+        """What was not written holds what an earlier batch left."""
+        for parameter in self._dense.missing():
+            self._dense.part(parameter).zero_()
 
     def _verify(self, losses: torch.Tensor, row: int, norm: float) -> None:
         """The gradient of one loss must lie in its own row, whole, and leave the others at zero.
@@ -310,8 +326,7 @@ class ExactGradients(ClippedGradients):
         alone = [float(index == row) for index in range(len(losses))]
         want = torch.cat([block.total(alone) for block in self._blocks()])
         self._backward(losses[row], keep_graph=False)
-        for parameter in self._dense.missing():
-            self._dense.part(parameter).zero_()
+        self._clear_missing()
         got = torch.cat([block.total(alone) for block in self._blocks()])
         for parameter, ours, theirs in _by_parameter(self._layout(), got, want):
             if row_is_off(ours, theirs, norm):
@@ -321,7 +336,7 @@ class ExactGradients(ClippedGradients):
             squares[row] = 0
             if not float(squares.sum().sqrt()) <= WHOLE_TOLERANCE * norm:
                 raise refusal(self._stray(row), "one example's loss moves another's row: the model mixes its examples")
-        _verified[self._model] = tuple(self.trainables)
+        self.verified[self._model] = tuple(self.trainables)
 
     def _stray(self, row: int) -> str:
         """The name of the tensor in whose rows most of a foreign loss was found."""

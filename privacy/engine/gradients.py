@@ -133,13 +133,17 @@ class ClippedGradients(ABC):
                 blocks = self._rows(losses, keep_graph=verify)
             with section("clip"):
                 norms = norms_of(blocks, None, 0)
-                self._sum.add(blocks, norms, units)
+                self._join(blocks, norms, units)
             # A row that is not finite spoils the backward pass of every other: the next batch is verified instead.
             if verify and all(map(math.isfinite, norms)) and any(norms):
                 row = max(row for row, norm in enumerate(norms) if norm)
                 with section("backward"):
                     self._verify(losses, row, norms[row])
                 self._verified = True
+
+    def _join(self, blocks: Sequence[Block], norms: Sequence[float], units: torch.Tensor | None) -> None:
+        """Have the rows join the sum."""
+        self._sum.add(blocks, norms, units)
 
     def drop(self) -> None:
         """Forget what was added since the last :meth:`release`, and any forward pass that broke off, for a step that

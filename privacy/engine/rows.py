@@ -61,6 +61,12 @@ class Rows:
             self._buffer = None  # the old one goes before the new one comes
             self._buffer = torch.empty(batch, self.size, dtype=wide(first.dtype), device=first.device)
 
+    def lie_in(self, matrix: torch.Tensor) -> None:
+        """Forget the last rows; the next ones are written into ``matrix`` (B, P)."""
+        self._written.clear()
+        self.place += 1
+        self.batch, self._buffer = len(matrix), matrix
+
     def free(self) -> None:
         """Give the memory back."""
         self._buffer = None
