@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..core.errors import PrivateError
 
 
 def record_digests(inputs: Sequence[Any], labels: np.ndarray | None, patients: Sequence[object] | None) -> list[bytes]:
-    """SHA-256 of what each record holds; an input that is a path stands for the bytes of its file."""
+    """SHA-256 of what each record holds; an input that is a path or an image stands for its bytes."""
     digests = []
     for index, value in enumerate(inputs):
         parts = (
@@ -30,6 +31,10 @@ def record_digests(inputs: Sequence[Any], labels: np.ndarray | None, patients: S
 
 
 def _content(value: Any) -> bytes:
+    if isinstance(value, Image.Image):
+        return f"{value.mode}|{value.size}|".encode() + value.tobytes()
+    if hasattr(value, "content"):
+        return bytes(value.content())
     if not isinstance(value, Path):
         return str(value).encode()
     try:

@@ -205,7 +205,7 @@ class EvaluateConfig(Section):
 #: What a shift may be, for texts and for images, and which of them have an opposite.
 TEXT_SHIFTS = ("abbreviations", "dialect", "typos", "capitals")
 IMAGE_SHIFTS = ("rotate", "contrast", "brightness", "blur", "noise", "invert")
-_TWO_WAYS = ("rotate", "contrast", "brightness")
+TWO_WAY_SHIFTS = ("rotate", "contrast", "brightness")
 
 
 class ShiftConfig(Section):
@@ -235,9 +235,9 @@ class ShiftConfig(Section):
             raise ValueError(
                 f"strength {self.strength:g} of what? set kind to one of {', '.join(TEXT_SHIFTS + IMAGE_SHIFTS)}"
             )
-        if self.strength < 0 and self.kind not in _TWO_WAYS:
+        if self.strength < 0 and self.kind not in TWO_WAY_SHIFTS:
             raise ValueError(
-                f"`{self.kind}` has no opposite: strength is 0 to 1; only {', '.join(_TWO_WAYS)} go both ways"
+                f"`{self.kind}` has no opposite: strength is 0 to 1; only {', '.join(TWO_WAY_SHIFTS)} go both ways"
             )
         return self
 

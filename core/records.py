@@ -66,6 +66,14 @@ def read_table(path: str | Path, config: RunConfig, *, trains: bool = True, labe
     return Table(inputs, indices, patients)
 
 
+def read_column(path: str | Path, column: str, key: str) -> list[Any]:
+    """One column of a table. Raises :class:`PrivateError` that names the column and the ``key`` that asks for it."""
+    path = Path(path)
+    if path.is_dir():
+        raise PrivateError(f"{path}: an image folder has no column `{column}`; give a table, or another {key}")
+    return _column(_rows(path), column, path, key)
+
+
 def label_indices(labels: Sequence[Any], known: Sequence[str], where: str) -> np.ndarray:
     """Positions in the label set. Raises :class:`PrivateError` that names the first label outside it."""
     if not known:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ..client.data import SiteData, load_site, read_records, split
+from ..client.data import SiteData
 from ..core.config import RunConfig, SimulationConfig, load_config
 from ..core.errors import UserError
-from . import baselines, icd10
-from .partition import class_shares, deal
+from ..core.tasks import create_task
+from . import baselines
+from .federation import Federation
+from .partitioners import check_partition
+from .shift import check_shifts
+from .sources import SOURCES
 
 _FOLDER = Path(__file__).parent / "scenarios"
 
@@ -40,56 +42,47 @@ def load_scenario(name: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fill in what the data source knows (the label set, where none is configured) and what a baseline changes."""
-    if config.data.source not in _SOURCES:
-        raise UserError(f"data.source `{config.data.source}` is unknown; there are {', '.join(sorted(_SOURCES))}")
-    if config.data.source == "icd10" and not config.task.labels:
-        config = config.model_copy(update={"task": config.task.model_copy(update={"labels": icd10.labels()})})
+    """Fill in what the data source knows (the label set, where none is configured) and what a baseline changes.
+
+    Raises :class:`UserError` for a source, a partition or a shift that cannot be.
+    """
+    if config.data.source not in SOURCES:
+        raise UserError(f"data.source `{config.data.source}` is unknown; there are {', '.join(sorted(SOURCES))}")
+    check_partition(config.data.partition, config.data.partition_options)
+    check_shifts(config)
+    own = SOURCES[config.data.source].labels() if not config.task.labels else ()
+    if own and create_task(config.task).labelled:
+        config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
     return baselines.applied(config)
 
 
-def site_data(config: RunConfig) -> dict[str, SiteData]:
-    """Every site's data, by name. Raises :class:`UserError` that names the site or file."""
+def site_data(config: RunConfig) -> Mapping[str, SiteData]:
+    """Every site's data, by name. Raises :class:`UserError` that names the site or file.
+
+    All of it is made once, so that what is wrong shows at once, and then each site's again when it is asked for.
+    """
+    # What a site has of its own beside the run (its rank, its steps) leaves these parts the very same objects.
+    basis = (config.seed, config.data, config.task, config.privacy, config.simulation)
+    for known, sites in _made:
+        if all(a is b for a, b in zip(known[1:], basis[1:], strict=True)) and known[0] == basis[0]:
+            return sites
+    equal = [sites for known, sites in _made if known == basis]
+    sites = equal[0] if equal else _make(config)
+    _made.append((basis, sites))
+    del _made[:-_KEEP]
+    return sites
+
+
+def _make(config: RunConfig) -> Mapping[str, SiteData]:
     if config.simulation.pooled:
         data = config.data.model_copy(update={"sites": config.simulation.pooled})
         apart = config.model_copy(update={"data": data, "simulation": SimulationConfig()})
         return {baselines.POOLED: baselines.pool(site_data(apart).values())}
-    sites = _SOURCES[config.data.source](config)
-    for site, data in sites.items():
-        if not len(data.held_out):
-            raise UserError(f"site {site} has no held-out records; give it more data or raise data.test_fraction")
+    sites = Federation(config, SOURCES[config.data.source].dealt(config))
+    for site in sites:
+        sites[site]
     return sites
 
 
-@lru_cache(maxsize=2)
-def _from_files(config: RunConfig) -> dict[str, SiteData]:
-    if config.data.path:
-        return _from_one_file(config)
-    return {site.name: load_site(config, site.name, site.path) for site in config.data.sites}
-
-
-def _from_one_file(config: RunConfig) -> dict[str, SiteData]:
-    records = read_records(config.data.path, config)
-    rng = np.random.default_rng([config.seed, 11])
-    count = len(config.site_names)
-    # All records of a patient go to one site, by the label of the patient's first record.
-    keys = records.patients if records.patients is not None else range(len(records))
-    patient_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    owners = np.array([patient_of[key] for key in keys])
-    labels = records.labels if records.labels is not None else np.zeros(len(records), dtype=np.int64)
-    _, first = np.unique(owners, return_index=True)
-    alpha = config.data.alpha if config.data.partition == "dirichlet" else None
-    shares = class_shares(int(labels.max()) + 1, count, alpha, rng)
-    sites = {}
-    for site, patients in zip(config.site_names, deal(labels[first], shares, rng), strict=True):
-        mine = np.flatnonzero(np.isin(owners, patients))
-        if not len(mine):
-            raise UserError(f"site {site} got no records of {config.data.path}; raise data.alpha, or use fewer sites")
-        sites[site] = split(records.take(mine), config, site)
-    return sites
-
-
-_SOURCES: dict[str, Callable[[RunConfig], dict[str, SiteData]]] = {
-    "icd10": icd10.icd10_sites,
-    "files": _from_files,
-}
+_made: list[tuple[tuple[Any, ...], Mapping[str, SiteData]]] = []
+_KEEP = 4

@@ -270,7 +270,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "value of another kind": ({}, ["--set", "rounds=many"], "`rounds`: Input should be a valid integer"),
     "no rounds": ({"rounds": 0}, [], "`rounds`: Input should be greater than or equal to 1"),
     "engine": ({}, ["--engine", "ray"], "unknown engine `ray`; there are auto, inprocess, workers, flower"),
-    "source of data": ({"data.source": "icd11"}, [], "data.source `icd11` is unknown; there are files, icd10"),
+    "source of data": ({"data.source": "icd11"}, [], "data.source `icd11` is unknown; there are digits, files, icd10"),
     "no data": ({"data.path": "nowhere.csv"}, [], "nowhere.csv: no such file"),
     "missing text column": (
         {"data.text_column": "note"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,17 +36,29 @@ class ImageClassification(Classification):
         ]
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        images = [_read(example["image"]) for example in examples]
+        images = [read_image(example["image"]) for example in examples]
         return {
             "pixel_values": processor(images, return_tensors="pt")["pixel_values"],
             "labels": torch.tensor([example["label"] for example in examples]),
         }
 
 
-def _read(image: Any) -> Image.Image:
+class Picture(Protocol):
+    """An image that is made when it is asked for."""
+
+    def picture(self) -> Image.Image: ...
+
+    def content(self) -> bytes:
+        """What tells it from others."""
+        ...
+
+
+def read_image(image: Path | Image.Image | Picture) -> Image.Image:
     """An 8-bit RGB image. Raises :class:`PrivateError` that names the file: its name may name a person."""
     if isinstance(image, Image.Image):
         return _to_rgb(image, "an image")
+    if not isinstance(image, str | Path):
+        return _to_rgb(image.picture(), "an image")
     try:
         with Image.open(Path(image)) as file:
             file.load()

@@ -230,7 +230,7 @@ def test_every_key_changes_the_digest():
         elif isinstance(value, str):
             other = value + "x"
         elif isinstance(value, tuple):
-            other = (1,) if leaf == "layers" else ("x",)
+            other = (1,) if leaf in ("layers", "fractions") else ("x",)
         else:
             other = value + 1
         changed = sections.pop().model_copy(update={leaf: other})

@@ -198,7 +198,7 @@ def test_a_file_beats_a_scenario_of_its_name(tmp_path: Any, monkeypatch: pytest.
 def test_an_unknown_source_is_named(tiny_federation: Any) -> None:
     with pytest.raises(UserError) as caught:
         complete(tiny_federation.config(**{"data.source": "icd11"}))
-    assert str(caught.value) == "data.source `icd11` is unknown; there are files, icd10"
+    assert str(caught.value) == "data.source `icd11` is unknown; there are digits, files, icd10"
 
 
 def test_a_source_that_knows_its_labels_fills_them_in(tiny_federation: Any) -> None:

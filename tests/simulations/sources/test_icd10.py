@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from fedgraft.client.data import SiteData
 from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
-from fedgraft.simulations import icd10
 from fedgraft.simulations.scenario import load_scenario, site_data
+from fedgraft.simulations.sources import icd10
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("simple_icd_10_cm") is None, reason="simple-icd-10-cm is not installed"
@@ -24,7 +25,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def data() -> dict[str, SiteData]:
+def data() -> Mapping[str, SiteData]:
     return site_data(config())
 
 
@@ -69,7 +70,7 @@ def test_a_phrase_of_several_chapters_belongs_to_none() -> None:
     assert set(category_of()) == set(chapters) - several
 
 
-def test_no_phrase_and_no_category_is_both_trained_on_and_held_out(data: dict[str, SiteData]) -> None:
+def test_no_phrase_and_no_category_is_both_trained_on_and_held_out(data: Mapping[str, SiteData]) -> None:
     place = category_of()
     train = {normal(text) for site in data.values() for text in site.train.inputs}
     held_out = {normal(text) for site in data.values() for text in site.held_out.inputs}
@@ -77,7 +78,7 @@ def test_no_phrase_and_no_category_is_both_trained_on_and_held_out(data: dict[st
     assert not {place[text] for text in train} & {place[text] for text in held_out}
 
 
-def test_labels_are_the_chapters_of_the_phrases(data: dict[str, SiteData]) -> None:
+def test_labels_are_the_chapters_of_the_phrases(data: Mapping[str, SiteData]) -> None:
     place = category_of()
     for site in data.values():
         for part in (site.train, site.held_out):
@@ -86,7 +87,7 @@ def test_labels_are_the_chapters_of_the_phrases(data: dict[str, SiteData]) -> No
 
 
 @pytest.mark.parametrize(("part", "most"), [("train", 120), ("held_out", 15)])
-def test_every_chapter_is_there_up_to_its_bound(data: dict[str, SiteData], part: str, most: int) -> None:
+def test_every_chapter_is_there_up_to_its_bound(data: Mapping[str, SiteData], part: str, most: int) -> None:
     labels = np.concatenate([getattr(site, part).labels for site in data.values()])
     counts = np.bincount(labels, minlength=22)
     assert len(counts) == 22
@@ -96,7 +97,7 @@ def test_every_chapter_is_there_up_to_its_bound(data: dict[str, SiteData], part:
     assert len({normal(text) for text in texts}) == len(texts)
 
 
-def test_patients_have_one_to_eight_records_and_one_site(data: dict[str, SiteData]) -> None:
+def test_patients_have_one_to_eight_records_and_one_site(data: Mapping[str, SiteData]) -> None:
     seen: set[Any] = set()
     sizes: list[int] = []
     for site in data.values():

@@ -6,14 +6,16 @@ carries. They are terminology, not patient records; the patients here are synthe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from ..client.data import Records, SiteData
-from ..core.config import RunConfig
-from ..core.errors import UserError
-from .partition import class_shares, deal, deal_patients
+from ...client.data import Records, SiteData
+from ...core.config import RunConfig
+from ...core.errors import UserError
+from ..dealing import deal_units, require_dealt
+from ..partition import deal_patients
 
 #: One category of this many is held out, whole, so that no phrase of a test category is trained on.
 _HELD_OUT_CATEGORIES = 10
@@ -57,9 +59,8 @@ def labels() -> tuple[str, ...]:
     return phrases()[0]
 
 
-@lru_cache(maxsize=2)
-def icd10_sites(config: RunConfig) -> dict[str, SiteData]:
-    """Every site's data: chapters skewed over sites, whole categories held out, 1 to 8 phrases a synthetic patient.
+def dealt(config: RunConfig) -> Callable[[int], SiteData]:
+    """Each site's data, by its number: chapters skewed over sites, whole categories held out, 1 to 8 phrases a patient.
 
     ``data.max_per_class`` and ``data.test_per_class`` bound the phrases of a chapter: half of the table is injuries.
     """
@@ -74,19 +75,30 @@ def icd10_sites(config: RunConfig) -> dict[str, SiteData]:
             chosen = rng.permutation(len(pool))[: most or None]
             texts[part] += [pool[i] for i in chosen]
             chapters[part] += [label] * len(chosen)
-    alpha = config.data.alpha if config.data.partition == "dirichlet" else None
-    shares = class_shares(len(labels()), len(config.site_names), alpha, rng)
-    dealt = {part: deal(np.array(chapters[part]), shares, rng) for part in ("train", "test")}
-    sites = {}
-    for number, site in enumerate(config.site_names):
-        records = {}
+    classes = {part: np.array(labels, dtype=np.int64) for part, labels in chapters.items()}
+    deal = deal_units(config, classes["train"], len(labels()), _no_column, rng)
+    mine = {"train": deal.units, "test": deal.held_out(classes["test"], rng)}
+    owners: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for site, indices in zip(config.site_names, deal.units, strict=True):
+        require_dealt(site, len(indices), "ICD-10-CM")
         for part in ("train", "test"):
-            indices = dealt[part][number]
-            owners = deal_patients(len(indices), 1, _MOST_RECORDS_A_PATIENT, rng)
-            records[part] = Records(
-                [texts[part][i] for i in indices],
-                np.array([chapters[part][i] for i in indices], dtype=np.int64),
-                [f"{site}-{part}-{owner}" for owner in owners],
+            count = len(mine[part][len(owners[part])])
+            owners[part].append(np.array(deal_patients(count, 1, _MOST_RECORDS_A_PATIENT, rng), dtype=np.int64))
+
+    def build(number: int) -> SiteData:
+        site = config.site_names[number]
+        records = {
+            part: Records(
+                [texts[part][i] for i in mine[part][number]],
+                classes[part][mine[part][number]],
+                [f"{site}-{part}-{owner}" for owner in owners[part][number]],
             )
-        sites[site] = SiteData(site, records["train"], records["test"], f"seed {config.seed}, by category")
-    return sites
+            for part in ("train", "test")
+        }
+        return SiteData(site, records["train"], records["test"], f"seed {config.seed}, by category")
+
+    return build
+
+
+def _no_column(name: str) -> Sequence[str]:
+    raise UserError(f"data.partition_options.partition_by: the icd10 source has no column `{name}`")
