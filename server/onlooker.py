@@ -17,7 +17,7 @@ class Onlooker:
         return {}
 
     def of_run(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """More keys for run.json, from the ``lines`` of metrics.jsonl so far."""
+        """More keys for run.json, from the ``lines`` of metrics.jsonl so far, without what they say of single sites."""
         return {}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,9 @@ from ..core.adapter import AdapterState
 from ..core.basemodel import BaseModel
 from ..core.config import RunConfig
 from ..core.errors import UserError, one_line
+from ..core.profile import section
 from ..core.progress import SILENT, Watch
+from ..core.recent import Recent
 from ..core.tasks import create_task
 from ..core.wire import FAULTS, Answer, Job, decode_answer
 from ..methods import attach, create_method
@@ -36,9 +37,11 @@ from .files import write_folder
 from .onlooker import NOBODY, Onlooker
 from .report import write_report
 from .rundir import RunDirectory, now
+from .tally import Tally
 from .validation import make_score
 
 _POLL = 0.5
+_RANKS = 64
 #: More missing sites than these are told of in one line.
 _NAMED = 8
 
@@ -125,11 +128,13 @@ class Federation:
         self._rule: Aggregator = self.central or self.aggregator
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
-        self._promises: dict[str, dict[str, Any]] = {}
+        self._tally = Tally()
+        self._digests: Recent[int, str] = Recent(_RANKS)
         self._noted: set[str] = set()
         task = create_task(config.task)
-        self.base: BaseModel = task.load(config.model, config.task, config.seed)
-        self.adapter = attach(self.base, config.method, task, config.seed)
+        with section("load"):
+            self.base: BaseModel = task.load(config.model, config.task, config.seed)
+            self.adapter = attach(self.base, config.method, task, config.seed)
         if self.aggregator.capabilities.needs_validation:
             self._rule.score = make_score(config, self.base, self.adapter, task)
         self.run = self._resumed() if resume else self._fresh()
@@ -213,6 +218,7 @@ class Federation:
             )
         self._rule.recall(self.checkpoint.memory)
         self.rundir.forget_metrics_after(self.checkpoint.round)
+        self._tally = Tally(self.rundir.read_metrics())
         self._past_seconds = float(before.get("seconds", 0.0))
         again = {"at": now(), "from_round": self.checkpoint.round, "note": "; ".join(notes)}
         return {"run": before["run"], "started": before["started"], "resumed": [*before["resumed"], again]}
@@ -288,10 +294,11 @@ class Federation:
         job = Job(
             self.run["run"], self.checkpoint.round + 1, "", self.config.to_json(), self.base.fingerprint
         ).to_record()
-        messages = [
+        messages = (
             Message(RecordDict({"job": job}), dst_node_id=node, message_type="query.hello", group_id="hello")
             for node in fresh
-        ]
+        )
+        known = set(self.strategy.sites.values())
         # Before the run a site may take its time to load; while it runs, the others do not wait long for a new one.
         timeout = self.config.server.round_timeout if refuse else self.config.server.join_timeout
         for reply in self.grid.send_and_receive(messages, timeout=timeout):
@@ -300,7 +307,7 @@ class Federation:
                 continue
             try:
                 answer = decode_answer(reply.content, "hello", f"node {reply.metadata.src_node_id}")
-                self._admit(reply.metadata.src_node_id, answer)
+                self._admit(reply.metadata.src_node_id, answer, known)
             except UserError as error:
                 if refuse:
                     raise
@@ -311,25 +318,28 @@ class Federation:
             self._noted.add(text)
             self.watch.note(text)
 
-    def _admit(self, node: int, answer: Answer) -> None:
+    def _admit(self, node: int, answer: Answer, known: set[str]) -> None:
+        """Take in a site that fits; ``known``: the sites that are there already, to which it is added."""
         if answer.error:
             prefix = "" if answer.site in answer.error else f"site {answer.site}: "
             raise UserError(f"{prefix}{answer.error}")
-        if answer.site not in self.config.site_names:
+        if self.config.site(answer.site) is None:
             raise UserError(f"node {node} says it is site `{answer.site}`, which data.sites does not list")
-        others = [other for other, name in self.strategy.sites.items() if name == answer.site]
-        if others:
+        if answer.site in known:
             raise UserError(f"two nodes say they are site {answer.site}; give each site its own name")
         rank = self.aggregator.ranks[answer.site]
-        if answer.facts.get("spec") != self.adapter.spec.bare.with_rank(rank).digest:
+        spec = self.adapter.spec.bare
+        if answer.facts.get("spec") != self._digests.get(rank, lambda: spec.with_rank(rank).digest):
             raise UserError(
                 f"site {answer.site} trains another adapter than the run's {self.config.method.name} of rank "
                 f"{rank}; use one method, rank and alpha everywhere"
             )
         self.strategy.sites[node] = answer.site
+        known.add(answer.site)
         self.facts[answer.site] = dict(answer.metrics)
         if answer.privacy is not None:
-            self._promises[answer.site] = asdict(answer.privacy)
+            # It counts rounds that were lost too, whose lines are gone.
+            self._tally.promised(answer.site, asdict(answer.privacy))
 
     # Rounds
 
@@ -350,8 +360,7 @@ class Federation:
     def _evaluate_if_due(self, number: int) -> None:
         every = self.config.evaluate.every
         due = number in (0, self.config.rounds) or (every and number % every == 0)
-        lines = self.rundir.read_metrics()
-        if due and not any(line["kind"] == "evaluate" and line["round"] == number for line in lines):
+        if due and all(line["round"] != number for line in self._tally.of_kind("evaluate")):
             self._evaluate(number)
 
     def _exchange(self, messages: Iterable[Message]) -> None:
@@ -375,7 +384,8 @@ class Federation:
         if here:
             self._exchange(messages)
             self._exchange(self.strategy.configure_refine())
-        enough = self.strategy.finish_train()
+        with section("aggregate"):
+            enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
         if self.central is not None and enough:
             line["central"] = self.central.last_round()
@@ -399,7 +409,9 @@ class Federation:
         self._log(line | self.onlooker.of_phase(self.strategy.phase, self.strategy.state))
 
     def _log(self, line: dict[str, Any]) -> None:
-        self.rundir.append_metrics(line)
+        with section("disk"):
+            self.rundir.append_metrics(line)
+        self._tally.add(line)
         tell(self.watch, line)
 
     # The end
@@ -407,25 +419,25 @@ class Federation:
     def _export(self) -> None:
         """The final adapter as a PEFT folder."""
         task = create_task(self.config.task)
-        base = task.load(self.config.model, self.config.task, self.config.seed)
-        adapter = attach(base, self.config.method, task, self.config.seed)
+        with section("load"):
+            base = task.load(self.config.model, self.config.task, self.config.seed)
+            adapter = attach(base, self.config.method, task, self.config.seed)
         write_folder(self.rundir.adapter, lambda folder: adapter.save_peft(folder, self.strategy.state))
 
     def _write(self, status: str, error: str = "") -> dict[str, Any]:
         values = self._summary(status, error)
-        self.rundir.write_run(values)
+        with section("disk"):
+            self.rundir.write_run(values)
         return values
 
     def _summary(self, status: str, error: str) -> dict[str, Any]:
-        lines = self.rundir.read_metrics()
-        evaluations = [line for line in lines if line["kind"] == "evaluate"]
-        trainings = [line for line in lines if line["kind"] == "train"]
+        lines, evaluations = self._tally.lines, self._tally.of_kind("evaluate")
         state, spec = self.checkpoint.state, self.checkpoint.state.spec
         seconds = self._past_seconds + time.monotonic() - self.started
         up, down = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down"))
         rounds = self.checkpoint.round
-        shares = max(1, sum(len(line["sites"]) for line in trainings))
-        sites = {name: self._site(name, evaluations, trainings) for name in self.config.site_names}
+        shares = max(1, self._tally.updates)
+        sites = {name: self._tally.site(name, self.facts.get(name, {})) for name in self.config.site_names}
         aggregator, method = self.aggregator, create_method(self.config.method.name)
         return {
             "fedgraft": __version__,
@@ -464,7 +476,7 @@ class Federation:
             "loss": _ends(evaluations, "loss"),
             "sites": sites,
             "missed": {fault: sum(site["missed"][fault] for site in sites.values()) for fault in FAULTS},
-            "central": self._central(trainings),
+            "central": self._central(),
             "bytes_up": up,
             "bytes_down": down,
             "bytes_up_round": up // shares,
@@ -473,36 +485,11 @@ class Federation:
             "seconds_round": round(sum(line["seconds"] for line in lines) / max(1, rounds), 3),
             "adapter_path": str(self.rundir.adapter),
             "report_path": str(self.rundir.path / "report.html"),
-            "warnings": self._warnings(sites, lines),
+            "warnings": self._warnings(sites),
             **self.onlooker.of_run(lines),
         }
 
-    def _site(self, name: str, evaluations: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> dict[str, Any]:
-        answered = [line["sites"][name] for line in trainings if name in line["sites"]]
-        scored = [line["sites"][name] for line in evaluations if name in line["sites"]]
-        missed = [line["faults"][name] for line in trainings if name in line.get("faults", ())]
-        accuracies = [s["correct"] / s["examples"] if s.get("examples") else None for s in scored]
-        facts = self.facts.get(name, {})
-        spent = [a["privacy"] for a in (*answered, *scored) if "privacy" in a]
-        if name in self._promises:
-            # What the site says on joining counts rounds that were lost, whose lines are gone.
-            spent.append(self._promises[name])
-        privacy = max(spent, key=lambda p: (p["steps"], p["epsilon"]), default=None)
-        return {
-            "records": int(facts.get("records", answered[-1]["records"] if answered else 0)),
-            "units": int(facts.get("units", 0)),
-            "held_out": int(facts.get("held_out", 0)),
-            "accuracy_before": accuracies[0] if accuracies else None,
-            "accuracy": accuracies[-1] if accuracies else None,
-            "epsilon": privacy["epsilon"] if privacy else None,
-            "delta": privacy["delta"] if privacy else None,
-            "unit": privacy["unit"] if privacy else None,
-            "rounds": len(answered),
-            "missed": {fault: missed.count(fault) for fault in FAULTS},
-            "privacy": privacy,
-        }
-
-    def _warnings(self, sites: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    def _warnings(self, sites: dict[str, Any]) -> list[str]:
         warnings = []
         if not self.config.privacy.enabled and self.central is not None:
             warnings.append("the sites add no noise (privacy.enabled = false): the server sees each update as trained")
@@ -515,9 +502,9 @@ class Federation:
                 "the central noise came from the run's seed (central.seeded_noise_not_private): it protects nobody"
             )
         warnings += self._beforehand()
-        warnings += self._absences(sites, [line for line in lines if line["kind"] == "train"])
+        warnings += self._absences(sites)
         if self.config.privacy.enabled:
-            silent = _silent(lines)
+            silent = self._tally.silent()
             if silent:
                 warnings.append(
                     f"{', '.join(silent[:_NAMED])}{', ...' if len(silent) > _NAMED else ''}: a training was lost, and "
@@ -525,10 +512,8 @@ class Federation:
                 )
         return warnings
 
-    @staticmethod
-    def _absences(sites: dict[str, Any], trainings: list[dict[str, Any]]) -> list[str]:
-        resting = Counter(name for line in trainings for name in line.get("resting", ()))
-        asked = {name: len(trainings) - resting[name] for name in sites}
+    def _absences(self, sites: dict[str, Any]) -> list[str]:
+        asked = {name: self._tally.asked(name) for name in sites}
         missed = [name for name, site in sites.items() if site["rounds"] < asked[name]]
         if len(missed) > _NAMED:
             kinds = counted({fault: sum(sites[name]["missed"][fault] for name in missed) for fault in FAULTS})
@@ -554,20 +539,10 @@ class Federation:
     def _central_warning(self) -> str:
         return self.central.plan.warning(self._shared) if self.central is not None else ""
 
-    def _central(self, trainings: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _central(self) -> dict[str, Any] | None:
         if self.central is None:
             return None
-        return self.central.section(self._shared, [x["central"]["clip"] for x in trainings if "central" in x])
-
-
-def _silent(lines: list[dict[str, Any]]) -> list[str]:
-    """The sites that may have spent privacy after they last said how much."""
-    last: dict[str, bool] = {}
-    for line in lines:
-        last |= dict.fromkeys(line["sites"], False)
-        if line["kind"] == "train":
-            last |= {name: True for name, fault in line.get("faults", {}).items() if fault != "absent"}
-    return sorted(name for name, lost in last.items() if lost)
+        return self.central.section(self._shared, [x["central"]["clip"] for x in self._tally.lines if "central" in x])
 
 
 def _ends(evaluations: list[dict[str, Any]], key: str) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError, one_line
+from ..core.profile import section
 from ..core.update import PrivacyStatement, Update
 from ..core.wire import (
     NEEDS_STATE,
@@ -26,6 +27,7 @@ from ..core.wire import (
     decode_answer,
     encode_adapter,
     fault_of,
+    record_of,
 )
 from .aggregator import Aggregator
 
@@ -61,7 +63,7 @@ class Phase:
     missing: dict[str, str] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     resting: tuple[str, ...] = ()
-    refined: list[str] = field(default_factory=list)
+    refined: set[str] = field(default_factory=set)
     exchanges: list[Exchange] = field(default_factory=list)
 
     @property
@@ -118,7 +120,7 @@ class PeftStrategy(Strategy):
         if not self.finish_train():
             return None, None
         packed = encode_adapter(self.state, wire="fp32")
-        return packed.array_records["adapter"], MetricRecord({"sites": self._answered})
+        return record_of(packed, "adapter", ArrayRecord), MetricRecord({"sites": self._answered})
 
     def configure_refine(self) -> Iterable[Message]:
         """The second instructions of a round, to the sites that answered the first; none for most strategies."""
@@ -301,7 +303,8 @@ class PeftStrategy(Strategy):
             privacy = answer.privacy or PrivacyStatement(enabled=False)
             if self.config.privacy.enabled:
                 self._require_promise(site, privacy, answer.metrics)
-            self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
+            with section("aggregate"):
+                self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
         elif not 0 <= answer.metrics.get("correct", 0) <= answer.metrics.get("examples", 0):
             raise UserError(f"{site}: counted more correct answers than examples")
         if answer.privacy is not None:
@@ -321,7 +324,7 @@ class PeftStrategy(Strategy):
             self._require_promise(site, privacy, answer.metrics)
         first = self.phase.metrics[site]
         self.aggregator.add_refined(Update(site, self._decode(reply, site), first["records"], first, privacy))
-        self.phase.refined.append(site)
+        self.phase.refined.add(site)
 
     def _require_promise(self, site: str, promise: PrivacyStatement, metrics: Mapping[str, float]) -> None:
         """Raise :class:`UserError` unless the site says that it kept to the run's privacy."""
@@ -347,14 +350,14 @@ class PeftStrategy(Strategy):
         self.phase.faults[site] = fault
 
     def _close(self) -> None:
-        for site in self.config.site_names:
-            if site not in (*self.phase.metrics, *self.phase.missing, *self.phase.resting):
-                timeout = self.config.server.round_timeout
-                here = site in self.sites.values()
-                if here:
-                    self._excuse(site, f"no answer in {timeout:g} s", "late")
-                else:
-                    self._excuse(site, "not connected", "absent")
+        told = {*self.phase.metrics, *self.phase.missing, *self.phase.resting}
+        silent = [site for site in self.config.site_names if site not in told]
+        here = set(self.sites.values()) if silent else set()
+        for site in silent:
+            if site in here:
+                self._excuse(site, f"no answer in {self.config.server.round_timeout:g} s", "late")
+            else:
+                self._excuse(site, "not connected", "absent")
 
     def record(self, seconds: float) -> dict[str, object]:
         """The line of metrics.jsonl for the phase that has just ended."""
@@ -363,7 +366,7 @@ class PeftStrategy(Strategy):
         for site in sorted(phase.metrics):
             sites[site] = dict(phase.metrics[site])
             if site in phase.privacy and phase.privacy[site].enabled:
-                sites[site]["privacy"] = asdict(phase.privacy[site])
+                sites[site]["privacy"] = dict(vars(phase.privacy[site]))
         line: dict[str, object] = {
             "kind": phase.kind,
             "round": phase.round,
