@@ -301,7 +301,8 @@ class AdapterState(Mapping[str, np.ndarray]):
             total = hashlib.sha256()
             for name, array in self._tensors.items():
                 total.update(self.spec.by_name[name].title)
-                total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).data)
+                little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+                total.update(np.ascontiguousarray(little).reshape(-1).data)
             self._digest = total.hexdigest()
         return self._digest
 

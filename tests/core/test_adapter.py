@@ -238,6 +238,12 @@ def test_the_digest_does_not_depend_on_memory_layout():
     values = np.arange(6, dtype="f4").reshape(2, 3)
     spec = spec_of(("a", (2, 3)))
     assert AdapterState(spec, {"a": values}).digest == AdapterState(spec, {"a": np.asfortranarray(values)}).digest
+    apart = np.zeros((2, 6), "f4")
+    apart[:, ::2] = values
+    apart.flags.writeable = False
+    column = spec_of(("a", (2, 1)))
+    assert AdapterState(spec, {"a": apart[:, ::2]}).digest == AdapterState(spec, {"a": values}).digest
+    assert AdapterState(column, {"a": apart[:, 2:3]}).digest == AdapterState(column, {"a": values[:, 1:2]}).digest
 
 
 @settings(max_examples=50)
