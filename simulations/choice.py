@@ -80,14 +80,16 @@ def choose(
             )
         return on_flower(execution.threads)
     asked = execution.threads or (before or {}).get("threads", 0)
+    pinned = asked or _pinned()
+    most = min(len(config.site_names), _gpus(config) or max(1, cores() // (pinned or 1)))
+    count = torchrun.ranks() or execution.workers or most
     engine: Engine = execution.engine
     why = "asked for"
     if engine == "auto":
-        engine, why = _found(execution, config, data, asked)
+        engine, count, why = _found(config, data, count)
     if engine == "inprocess":
         return Choice(engine, 1, asked or torch.get_num_threads(), execution.cohort, why)
-    count = torchrun.ranks() or execution.workers or min(_most(config, asked), len(config.site_names))
-    return Choice(engine, count, asked or max(1, cores() // torchrun.here(count)), execution.cohort, why)
+    return Choice(engine, count, pinned or max(1, cores() // torchrun.here(count)), execution.cohort, why)
 
 
 def on_flower(threads: int) -> Choice:
@@ -95,30 +97,29 @@ def on_flower(threads: int) -> Choice:
     return Choice("flower", 0, threads or 1, 1, "asked for")
 
 
-def _found(execution: Execution, config: RunConfig, data: Mapping[str, SiteData], asked: int) -> tuple[Engine, str]:
-    """The engine, and why."""
+def _found(config: RunConfig, data: Mapping[str, SiteData], most: int) -> tuple[Engine, int, str]:
+    """The engine, how many workers of ``most`` it has room for, and why."""
     if torchrun.ranks() > 1:
-        return "workers", f"torchrun has started {torchrun.ranks()} processes"
+        return "workers", most, f"torchrun has started {torchrun.ranks()} processes"
     if len(config.site_names) == 1:
-        return "inprocess", "there is one site"
+        return "inprocess", 1, "there is one site"
     if (name := _ours_alone(config)) != "":
-        return "inprocess", f"`{name}` is known to this process alone"
+        return "inprocess", 1, f"`{name}` is known to this process alone"
     if (gpus := _gpus(config)) > 1:
-        return "workers", f"one a GPU, of which there are {gpus}"
+        return "workers", most, f"there are {gpus} GPUs"
     if device_of(config.train.device).type != "cpu":
-        return "inprocess", "there is one GPU"
+        return "inprocess", 1, "there is one GPU"
     model = _model(config)
     if model is None:
-        return "inprocess", f"what {config.model} takes to compute is not known"
+        return "inprocess", 1, f"what {config.model} takes to compute is not known"
     room = int(_SHARE * psutil.virtual_memory().total / (_WORKER_BYTES + 4 * model.parameters))
-    count = min(execution.workers or _most(config, asked), room)
-    if count < 2:
-        return "inprocess", "there is one core" if room > 1 else "there is memory for one base model"
+    if min(most, room) < 2:
+        return "inprocess", 1, "there is one core" if room > 1 else "there is memory for one base model"
     seconds = arithmetic(config, data, model)
     told = f"about {seconds / 60:.0f} min" if seconds > 120 else f"about {seconds:.0f} s"
     if seconds < _WORTH:
-        return "inprocess", f"{told} of arithmetic for one core are not worth more processes"
-    return "workers", f"{told} of arithmetic for one core, and there are {cores()}"
+        return "inprocess", 1, f"{told} of arithmetic for one core are not worth more processes"
+    return "workers", min(most, room), f"{told} of arithmetic for one core, and there are {cores()}"
 
 
 def cores() -> int:
@@ -126,14 +127,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _pinned() -> int:
+    """The threads that the environment asks for, 0 for none."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def _gpus(config: RunConfig) -> int:
     """GPUs that the run may spread over."""
     return torch.cuda.device_count() if config.train.device in ("auto", "cuda") else 0
-
-
-def _most(config: RunConfig, threads: int) -> int:
-    """Processes that do not stand in each other's way."""
-    return _gpus(config) or max(1, cores() // (threads or 1))
 
 
 def _ours_alone(config: RunConfig) -> str:
