@@ -61,13 +61,13 @@ class CountedSGD(torch.optim.SGD):
 
 
 class Clock(TrainingProcessCallback):
-    """The time at which each round ended."""
+    """The time, and the processor time, at which each round ended."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends = [(time.perf_counter(), time.process_time())]
 
     def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> Any:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
         return False, Metrics()
 
 
@@ -103,7 +103,6 @@ def main(folder: Path) -> None:
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
     )
     clock = Clock()
-    began = time.perf_counter()
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=len(job["cohorts"]),
@@ -117,14 +116,13 @@ def main(folder: Path) -> None:
         NNEvalHyperParams(local_batch_size=None),
         callbacks=[clock],
     )
-    ends = [began, *clock.ends]
-    rounds = [after - before for before, after in pairwise(ends)]
+    rounds, cpu = ([after - before for before, after in pairwise(times)] for times in zip(*clock.ends, strict=True))
     everything = {name: tensor.flatten(0, 1) for name, tensor in records.items()}
     found = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
     save_file(found, folder / "pfl.safetensors")
     with torch.no_grad():
         loss = float(model.loss(**everything))
-    print(json.dumps({"rounds": rounds, "steps": CountedSGD.taken, "loss": loss}))
+    print(json.dumps({"rounds": rounds, "cpu": cpu, "steps": CountedSGD.taken, "loss": loss}))
 
 
 if __name__ == "__main__":
