@@ -36,9 +36,14 @@ class BaseModel:
 def resolve(name: str) -> str:
     """A folder or hub name that `from_pretrained` takes.
 
-    ``package:NAME/FOLDER`` is a folder inside an installed Python package; an existing path is a local folder; anything
-    else is a hub name. Raises :class:`UserError` when a package or folder is not there.
+    ``builtin:NAME`` is a tiny untrained model; ``package:NAME/FOLDER`` is a folder inside an installed Python package;
+    an existing path is a local folder; anything else is a hub name. Raises :class:`UserError` when a package
+    or folder is not there.
     """
+    if name.startswith("builtin:"):
+        from .builtin import builtin_folder
+
+        return str(builtin_folder(name))
     if name.startswith("package:"):
         package, _, folder = name.removeprefix("package:").partition("/")
         try:

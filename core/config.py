@@ -478,7 +478,7 @@ class RunConfig(Section):
         default_factory=dict,
         description="by pattern of the tensor's name: share, local, freeze, or odd, even (share in those rounds only)",
     )
-    model: str = Field(description="package:NAME/FOLDER, a local folder, or a hub name")
+    model: str = Field(description="package:NAME/FOLDER, builtin:NAME, a local folder, or a hub name")
     start_from: str = Field("", description="a PEFT adapter folder to start from; empty: a fresh adapter")
     method: MethodConfig = MethodConfig()
     task: TaskConfig = TaskConfig()
@@ -790,8 +790,9 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _model_path(model: str, folder: Path) -> str:
-    """A relative folder becomes absolute; package: references and hub names stay as they are."""
-    beside = model and not model.startswith("package:") and _exists(str(folder / model)) and (folder / model).is_dir()
+    """A relative folder becomes absolute; package: and builtin: references and hub names stay as they are."""
+    named = model.startswith(("package:", "builtin:"))
+    beside = model and not named and _exists(str(folder / model)) and (folder / model).is_dir()
     if beside or model.startswith(("./", "../")):
         return str((folder / model).resolve())
     return model
