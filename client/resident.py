@@ -6,10 +6,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..core.basemodel import BaseModel
 from ..core.config import RunConfig
-from ..core.errors import UserError
+from ..core.errors import UserError, is_out_of_memory
+from ..core.profile import section
 from ..core.tasks import Task, create_task
 from ..methods import AttachedAdapter, attach
 
@@ -47,14 +49,27 @@ def resident(config: RunConfig) -> Resident:
     if found is None:
         task = create_task(config.task)
         device = device_of(config.train.device)
-        base = task.load(config.model, config.task, config.seed)
-        adapter = attach(base, config.method, task, config.seed)
-        adapter.model.to(device)
+        with section("load"):
+            base = task.load(config.model, config.task, config.seed)
+            adapter = attach(base, config.method, task, config.seed)
+            _move(adapter.model, device, base)
         found = Resident(base, task, adapter, device)
     _residents[parts] = found
     while len(_residents) > _KEEP:
         _residents.popitem(last=False)
     return found
+
+
+def _move(model: nn.Module, device: torch.device, base: BaseModel) -> None:
+    try:
+        model.to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the base model takes {base.bytes / 2**30:.2g} GiB, for which {device} has no room; choose a smaller one "
+            "or another train.device"
+        ) from None
 
 
 def forget_all() -> None:

@@ -6,33 +6,61 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
 
-#: What is told apart. What is in none of them is the rest of a round.
+import torch
+
+#: What is told apart, in the order of a table. What is in none of them is the rest of a round.
 Section = Literal[
-    "data", "forward", "backward", "clip", "noise", "optimizer", "gate", "wire", "aggregate", "evaluation", "disk"
+    "load",
+    "data",
+    "forward",
+    "backward",
+    "clip",
+    "noise",
+    "optimizer",
+    "evaluation",
+    "wire",
+    "gate",
+    "aggregate",
+    "disk",
+    "report",
 ]
+SECTIONS: tuple[str, ...] = get_args(Section)
 
 
 class Profile:
-    """Seconds and calls by section; a section within another is taken off it, so that the seconds add up."""
+    """Seconds and calls by section; a section within another is taken off it, so that the seconds add up.
+
+    What a GPU was given to do is waited for at both ends of a section.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         self._inner: list[float] = []
+        self._mps = torch.backends.mps.is_available()
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
+        """The time that passes within, as that of the section ``name``."""
+        self._wait()
         began = time.perf_counter()
         self._inner.append(0.0)
         try:
             yield
         finally:
+            self._wait()
             elapsed = time.perf_counter() - began
             self.add(name, elapsed - self._inner.pop())
             if self._inner:
                 self._inner[-1] += elapsed
+
+    def _wait(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        elif self._mps:
+            torch.mps.synchronize()
 
     def add(self, name: str, seconds: float, calls: int = 1) -> None:
         """Take in what was measured elsewhere, in another process for one."""

@@ -32,4 +32,32 @@ class Watch:
         """A training or an evaluation is over; ``record`` is its line of metrics.jsonl."""
 
 
+class Passing(Watch):
+    """Passes every event on to ``watch``; a subclass looks at some of them."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def note(self, text: str) -> None:
+        self.watch.note(text)
+
+    def run_started(self, *, first_round: int, rounds: int, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        self.watch.run_started(first_round=first_round, rounds=rounds, sites=sites)
+
+    def phase_started(self, kind: str, round: int, sites: int) -> None:
+        self.watch.phase_started(kind, round, sites)
+
+    def site_step(self, site: str, step: int, steps: int, loss: float | None, epsilon: float | None) -> None:
+        self.watch.site_step(site, step, steps, loss, epsilon)
+
+    def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
+        self.watch.smaller_batch(site, setting, size, text)
+
+    def site_finished(self, kind: str, site: str) -> None:
+        self.watch.site_finished(kind, site)
+
+    def phase_finished(self, record: Mapping[str, Any]) -> None:
+        self.watch.phase_finished(record)
+
+
 SILENT = Watch()

@@ -236,7 +236,8 @@ class Federation:
             self._rounds()
             self._export()
             run = self._write("finished")
-            write_report(self.rundir.path)
+            with section("report"):
+                write_report(self.rundir.path)
             return run
         except UserError as error:
             self._fail(error)

@@ -134,6 +134,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
+def read_profile(folder: Path) -> dict[str, Any] | None:
+    """The profile.json of ``folder``; None where there is none. Raises :class:`UserError` for a broken one."""
+    path = Path(folder) / "profile.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{path}: is not readable JSON; delete it, or run with --profile again") from None
+    return values if isinstance(values, dict) and values.get("schema") == SCHEMA else None
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All whole lines of the metrics.jsonl in ``folder``; one that a crash cut off is left out."""
     path = Path(folder) / "metrics.jsonl"

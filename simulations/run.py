@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..client.data import SiteData
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.profile import current
-from ..core.progress import SILENT, Watch
+from ..core.progress import SILENT, Passing, Watch
 from ..server.app import run_on
 from ..server.rounds import check
 from ..server.rundir import RunDirectory, read_metrics, read_run
@@ -30,6 +30,7 @@ from .execution import Execution
 from .fate import require_enough
 from .onlooker import Simulator
 from .scenario import complete, site_data
+from .timing import timed
 
 DEFAULT = Execution()
 
@@ -98,11 +99,30 @@ def _run(
         watch.note(choice.line)
     if choice.engine == "flower":
         return run_flower(config, output, threads=choice.threads, resume=resume, watch=watch)
-    onlooker = Simulator(config, choice.told())
-    with threads(choice.threads), _grid(choice, config, data, output.absolute(), watch) as grid:
+    told = choice.told()
+    onlooker = Simulator(config, told)
+    watch = _Remembering(watch, told)
+    with (
+        timed(watch, output, choice) if execution.profile else nullcontext(watch) as watch,
+        threads(choice.threads),
+        _grid(choice, config, data, output.absolute(), watch) as grid,
+    ):
         baseline = config.simulation.baseline
         engine = f"baseline:{baseline}" if baseline else choice.engine
         return run_on(grid, config, output, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
+
+
+class _Remembering(Passing):
+    """Has run.json say where fewer examples passed at a time than the configuration asks for."""
+
+    def __init__(self, watch: Watch, told: dict[str, Any]) -> None:
+        super().__init__(watch)
+        self._told = told
+
+    def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
+        sizes = self._told.setdefault("smaller", {})
+        sizes[setting] = min(size, sizes.get(setting, size))
+        super().smaller_batch(site, setting, size, text)
 
 
 @contextmanager

@@ -20,46 +20,46 @@ Points = Mapping[int, float]
 COLOURED_SITES = 8
 """With more sites than these colours could tell apart, every site is a thin grey line."""
 
-# Matplotlib knows no CSS variables: it draws in these stand-ins, and `_inline` puts the variables in their place, so
+# Matplotlib knows no CSS variables: it draws in these stand-ins, and `inline` puts the variables in their place, so
 # that one drawing follows the page between light and dark.
-_STAND_INS = {
+STAND_INS = {
     "#010101": "var(--ink)",
     "#020202": "var(--muted)",
     "#030303": "var(--rule)",
     "#040404": "var(--bad)",
     **{f"#0505{index:02x}": f"var(--s{index})" for index in range(COLOURED_SITES)},
 }
-_INK, _MUTED, _RULE, _BAD, *_SITES = _STAND_INS
+INK, MUTED, RULE, BAD, *SERIES = STAND_INS
 
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "svg.fonttype": "none",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "grid.color": _RULE,
+    "grid.color": RULE,
     "grid.linewidth": 0.6,
-    "xtick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.color": _RULE,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": RULE,
+    "ytick.labelcolor": MUTED,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
 }
-_WIDE, _HALF = (10.0, 3.1), (4.9, 3.0)
+WIDE, HALF = (10.0, 3.1), (4.9, 3.0)
 
 
 def site_colour(index: int, count: int) -> str:
     """The CSS colour of site number ``index`` among ``count`` in the charts."""
-    return _STAND_INS[_site_stand_in(index, count)]
+    return STAND_INS[_site_stand_in(index, count)]
 
 
 def byte_text(count: float) -> str:
@@ -73,21 +73,21 @@ def byte_text(count: float) -> str:
 
 def accuracy_chart(overall: Points, sites: Mapping[str, Points]) -> str:
     """Accuracy by round: every site, and over them in bold the whole federation."""
-    with _drawing("accuracy"):
-        figure, axes = _canvas(_WIDE, [overall, *sites.values()])
+    with drawing("accuracy"):
+        figure, axes = canvas(WIDE, [overall, *sites.values()])
         _site_lines(axes, sites)
         if overall:
             _bold(axes, overall, f"{overall[max(overall)]:.1%}".replace("%", " %"))
         highest = max((value for points in (overall, *sites.values()) for value in points.values()), default=0.0)
         axes.set_ylim(0, min(highest * 1.08, 1.02) or 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        return _inline(figure)
+        return inline(figure)
 
 
 def epsilon_chart(sites: Mapping[str, Points], budget: float | None, label: str) -> str:
     """Epsilon spent by round at every site, and the budget. ``label`` is written at the end of the highest line."""
-    with _drawing("epsilon"):
-        figure, axes = _canvas(_HALF, sites.values())
+    with drawing("epsilon"):
+        figure, axes = canvas(HALF, sites.values())
         _site_lines(axes, sites)
         rounds = {number for points in sites.values() for number in points}
         largest = {number: max(points[number] for points in sites.values() if number in points) for number in rounds}
@@ -99,38 +99,38 @@ def epsilon_chart(sites: Mapping[str, Points], budget: float | None, label: str)
         top = max(largest.values(), default=0.0)
         if budget is not None:
             top = max(top, budget)
-            axes.axhline(budget, color=_BAD, linewidth=1.1, linestyle=(0, (5, 3)), zorder=3)
+            axes.axhline(budget, color=BAD, linewidth=1.1, linestyle=(0, (5, 3)), zorder=3)
             axes.annotate(
                 f"budget {budget:g}",
                 (0, budget),
                 xycoords=("axes fraction", "data"),
                 xytext=(2, 4),
                 textcoords="offset points",
-                color=_BAD,
+                color=BAD,
             )
         axes.set_ylim(0, top * 1.15 or 1)
-        return _inline(figure)
+        return inline(figure)
 
 
 def bytes_chart(up: Points, down: Points, full: Points) -> str:
     """Bytes by round over all sites, each way, beside what the whole model would take; on a logarithmic scale."""
     up, down, full = ({number: value for number, value in points.items() if value > 0} for points in (up, down, full))
-    with _drawing("bytes"):
-        figure, axes = _canvas(_HALF, [up, down, full])
+    with drawing("bytes"):
+        figure, axes = canvas(HALF, [up, down, full])
         axes.set_yscale("log")
         marker = _marker_size(max(map(len, (up, down, full))))
         # Often the two all but coincide: the wider line below still shows.
-        axes.plot([*down], [*down.values()], color=_SITES[1], linewidth=3.2, marker="s", markersize=marker * 1.9)
-        axes.plot([*up], [*up.values()], color=_SITES[0], linewidth=1.2, marker="o", markersize=marker)
+        axes.plot([*down], [*down.values()], color=SERIES[1], linewidth=3.2, marker="s", markersize=marker * 1.9)
+        axes.plot([*up], [*up.values()], color=SERIES[0], linewidth=1.2, marker="o", markersize=marker)
         alone: dict[str, Any] = {"marker": "_", "markersize": 40} if len(full) == 1 else {}
-        axes.plot([*full], [*full.values()], color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), **alone)
+        axes.plot([*full], [*full.values()], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), **alone)
         _full_model_note(axes, up, down, full)
         values = [value for points in (up, down, full) for value in points.values()]
         if values:
             axes.set_ylim(min(values) / 3, max(values) * 3)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_text(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        return _inline(figure)
+        return inline(figure)
 
 
 def _full_model_note(axes: Axes, up: Points, down: Points, full: Points) -> None:
@@ -148,7 +148,7 @@ def _full_model_note(axes: Axes, up: Points, down: Points, full: Points) -> None
         "",
         (middle, adapter),
         (middle, full[middle]),
-        arrowprops={"arrowstyle": "<->", "color": _MUTED, "linewidth": 0.8, "shrinkA": 3, "shrinkB": 5},
+        arrowprops={"arrowstyle": "<->", "color": MUTED, "linewidth": 0.8, "shrinkA": 3, "shrinkB": 5},
     )
     axes.annotate(
         f"{full[middle] / adapter:,.0f} × less",
@@ -156,29 +156,29 @@ def _full_model_note(axes: Axes, up: Points, down: Points, full: Points) -> None
         (6, 0),
         textcoords="offset points",
         va="center",
-        color=_MUTED,
+        color=MUTED,
     )
 
 
-def _drawing(name: str) -> AbstractContextManager[None]:
+def drawing(name: str) -> AbstractContextManager[None]:
     """The style of all charts; the salt makes the ids of an SVG the same every time and its own on the page."""
     return matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"fedgraft-{name}"})
 
 
-def _canvas(size: tuple[float, float], series: Iterable[Points]) -> tuple[Figure, Axes]:
+def canvas(size: tuple[float, float], series: Iterable[Points]) -> tuple[Figure, Axes]:
     """An empty chart whose x axis spans the rounds of all ``series``."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     rounds = sorted({number for points in series for number in points}) or [0]
     pad = (rounds[-1] - rounds[0]) * 0.025 or 0.5
     axes.set_xlim(rounds[0] - pad, rounds[-1] + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if size == _WIDE else 7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if size == WIDE else 7, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
     return figure, axes
 
 
 def _site_stand_in(index: int, count: int) -> str:
-    return _SITES[index] if count <= COLOURED_SITES else _MUTED
+    return SERIES[index] if count <= COLOURED_SITES else MUTED
 
 
 def _marker_size(points: int) -> float:
@@ -203,7 +203,7 @@ def _site_lines(axes: Axes, sites: Mapping[str, Points]) -> None:
 def _bold(axes: Axes, points: Points, label: str) -> None:
     """The line that matters most, its last value written at its end."""
     marker = _marker_size(len(points)) * 1.4
-    axes.plot([*points], [*points.values()], color=_INK, linewidth=2.6, marker="o", markersize=marker, zorder=4)
+    axes.plot([*points], [*points.values()], color=INK, linewidth=2.6, marker="o", markersize=marker, zorder=4)
     _end_label(axes, points, label)
 
 
@@ -220,7 +220,7 @@ def _end_label(axes: Axes, points: Points, label: str) -> None:
     )
 
 
-def _inline(figure: Figure) -> str:
+def inline(figure: Figure) -> str:
     """``figure`` as an ``<svg>`` element that can stand inside an HTML page and scales with it."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -232,5 +232,5 @@ def _inline(figure: Figure) -> str:
     svg = re.sub(r' id="(?!p[0-9a-f]{10}"|m[0-9a-f]{10}")[^"]*"', "", svg)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", svg)
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg).replace("xlink:href=", "href=")
-    svg = re.sub(r"#0[1-5]0[1-5]0[0-9a-f]", lambda found: _STAND_INS[found[0]], svg)
+    svg = re.sub(r"#0[1-5]0[1-5]0[0-9a-f]", lambda found: STAND_INS[found[0]], svg)
     return svg.strip()

@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 from html import escape
 
 from . import charts
+from .style import CSS
 
 
 def text(value: object) -> str:
@@ -55,6 +56,19 @@ def bytes(value: float | None) -> str:
 
 
 # Parts of a page.
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page of ``sections``, those that are empty left out; ``title`` is HTML."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Whatever slipped into the page from the data, the browser neither runs nor fetches anything.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{title}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main></body></html>\n"
+    )
 
 
 def banner(headline: str, text: str) -> str:

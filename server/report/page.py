@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from . import charts
+from . import charts, faults
 from . import elements as el
 from .central import central
 from .promise import SEEDED, promise
 from .record import Record, read_record
-from .style import CSS
+from .times import times
 
 NO_PRIVACY = "No differential privacy"
 KEPT = "kept at the sites"
@@ -40,19 +40,14 @@ def render(record: Record) -> str:
         el.section("Course of the run", _charts(record)),
         el.section("Sites", _sites(record)),
         el.section("What is promised", promise(record) + central(record)),
-        el.section("Missing sites", _missing(record)),
+        el.section("Missing sites", faults.counts(record) + _missing(record)),
+        el.section("Virtual time", faults.virtual_time(record)),
+        el.section("Backdoor", faults.backdoor(record)),
+        el.section("Where the time went", times(record)),
         el.section("Configuration", _configuration(record)),
         el.section("Provenance", _provenance(record)),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Whatever slipped into the page from the data, the browser neither runs nor fetches anything.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{name}: fedgraft report</title><style>{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
-    )
+    return el.document(f"{name}: fedgraft report", sections)
 
 
 def _header(record: Record, name: str) -> str:

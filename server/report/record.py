@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..rundir import read_metrics, read_run
+from ..rundir import read_metrics, read_profile, read_run
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a run: ``run.json`` and the lines of ``metrics.jsonl``."""
+    """What is known of a run: ``run.json``, the lines of ``metrics.jsonl``, and ``profile.json`` where there is one."""
 
     run: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
+    profile: Mapping[str, Any] | None = None
 
     @property
     def sites(self) -> Mapping[str, Mapping[str, Any]]:
@@ -74,7 +75,7 @@ def read_record(rundir: Path) -> Record:
     """Read a run directory. Raises ``UserError`` when ``run.json`` is missing, broken or of another schema."""
     run = read_run(rundir)
     lines = [line for line in read_metrics(rundir) if isinstance(line, dict) and isinstance(line.get("round"), int)]
-    return Record(run, lines)
+    return Record(run, lines, read_profile(rundir))
 
 
 # Values in words. What these return is safe inside HTML.
