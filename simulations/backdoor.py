@@ -15,6 +15,7 @@ from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.tasks import create_task
+from ..core.tasks.image_classification import read_image
 from .scenario import site_data
 
 _ATTACK = "backdoor:"
@@ -49,11 +50,7 @@ def stamped(inputs: Sequence[Any], config: RunConfig) -> list[Any]:
 
 
 def _patched(image: Any, share: float) -> Image.Image:
-    if isinstance(image, Image.Image):
-        whole = image.convert("RGB")
-    else:
-        with Image.open(image) as file:
-            whole = file.convert("RGB")
+    whole = read_image(image).copy()
     side = max(1, round(share * min(whole.size)))
     whole.paste(_WHITE, (whole.width - side, whole.height - side, whole.width, whole.height))
     return whole
