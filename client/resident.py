@@ -42,6 +42,15 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def wait() -> None:
+    """Wait for what the devices of the resident models were given to do."""
+    for device in {model.device for model in _residents.values()}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+
 def resident(config: RunConfig) -> Resident:
     """The model of a run, from memory when it is there."""
     parts = (config.model, config.method.to_json(), config.task.to_json(), str(config.seed), config.train.device)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Literal, get_args
-
-import torch
 
 #: What is told apart, in the order of a table. What is in none of them is the rest of a round.
 Section = Literal[
@@ -32,14 +30,14 @@ SECTIONS: tuple[str, ...] = get_args(Section)
 class Profile:
     """Seconds and calls by section; a section within another is taken off it, so that the seconds add up.
 
-    What a GPU was given to do is waited for at both ends of a section.
+    ``wait`` is called at both ends of a section: it waits for what a GPU was given to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         self._inner: list[float] = []
-        self._mps = torch.backends.mps.is_available()
+        self._wait = wait
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -55,12 +53,6 @@ class Profile:
             self.add(name, elapsed - self._inner.pop())
             if self._inner:
                 self._inner[-1] += elapsed
-
-    def _wait(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        elif self._mps:
-            torch.mps.synchronize()
 
     def add(self, name: str, seconds: float, calls: int = 1) -> None:
         """Take in what was measured elsewhere, in another process for one."""

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..client.resident import wait
 from ..core.errors import UserError
 from ..core.profile import SECTIONS, Profile, profiling
 from ..core.progress import Passing, Watch
@@ -80,7 +81,7 @@ class Timed(Passing):
 @contextmanager
 def timed(watch: Watch, folder: Path, choice: Choice) -> Generator[Watch]:
     """Measure the run within, and keep it in profile.json, however it ends. Gives what the run is to be watched by."""
-    with profiling(Profile()) as profile:
+    with profiling(Profile(wait)) as profile:
         rounds = Timed(watch, profile, folder, choice)
         try:
             yield rounds

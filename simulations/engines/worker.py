@@ -26,6 +26,8 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from ...client.devicememory import share_device
+from ...client.resident import wait
 from ...core.config import config_from_json
 from ...core.errors import UserError
 from ...core.profile import Profile, profiling
@@ -82,7 +84,7 @@ class Worker:
         self._channel = channel
         self._relay = Relay(channel)
         self._client = SimulatedSites(lambda context: Path(head["folder"]), self._relay)
-        self._profile = Profile() if head["profile"] else None
+        self._profile = Profile(wait) if head["profile"] else None
         self._sites: int = head["sites"]
         self._contexts: dict[int, Context] = {}
         # Records that instructions have in common, by the number that the server gave them.
@@ -141,6 +143,7 @@ def serve(channel: Channel) -> NoReturn:
                 torch.set_num_threads(head["threads"])
                 if head["gpu"] is not None:
                     torch.cuda.set_device(head["gpu"])
+                share_device(head["sharing"])
                 worker = Worker(channel, head)
             elif worker is not None:
                 worker.answer(head, parts)

@@ -28,6 +28,7 @@ from ...core.errors import UserError
 from ...core.profile import Profile
 from ...core.progress import SILENT, Watch
 from ...core.wire import no_answer
+from . import torchrun
 from .channel import Closed, from_bytes, to_bytes
 from .pool import Member, Pool
 
@@ -92,7 +93,15 @@ class WorkersGrid(Grid):
         self._run: Any = None
         begin = {"is": "begin", "folder": str(folder), "sites": len(loads), "threads": pool.threads}
         for worker in self._workers:
-            self._send(worker, {**begin, "profile": profile is not None, "gpu": worker.member.gpu})
+            gpu = worker.member.gpu
+            own = {"profile": profile is not None, "gpu": gpu, "sharing": self._sharing(gpu)}
+            self._send(worker, begin | own)
+
+    def _sharing(self, gpu: int | None) -> int:
+        """How many workers plan with the same memory, that of a GPU or of a machine."""
+        if torchrun.ranks():
+            return torchrun.here(len(self._workers)) if gpu is None else 1
+        return sum(worker.member.gpu == gpu for worker in self._workers)
 
     # Flower's Grid
 
