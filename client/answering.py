@@ -41,6 +41,7 @@ from ..privacy.release import noised
 from ..strategies import LocalRule, Training, create_aggregator
 from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
+from .cohort import Cohort
 from .data import SiteData
 from .devicememory import OnSmaller
 from .evaluation import evaluate
@@ -124,9 +125,11 @@ class _Visit:
 class SiteClient:
     """The site's side of the conversation; one object serves every site of a process and keeps what is costly."""
 
-    def __init__(self, surroundings: Surroundings, watch: Watch = SILENT) -> None:
+    def __init__(self, surroundings: Surroundings, watch: Watch = SILENT, cohort: Cohort | None = None) -> None:
         self._surroundings = surroundings
         self._watch = watch
+        self._cohort = cohort or Cohort()
+        self._cohort.on_decision = lambda decision: watch.cohort_found(decision.size, decision.text)
         self._encoded: dict[tuple[str, ...], Encoded] = {}
         self._sharing: Recent[tuple[str | int, ...], Callable[[str], tuple[str, ...]]] = Recent(_VERSIONS)
         # Ledgers and memories: those of the last sites, since files hold what they know; those of sites without a
@@ -167,7 +170,7 @@ class SiteClient:
                     contents[index] = end.value
                 except Exception as error:
                     contents[index] = error
-            results = dict(zip(waiting, train_together(list(waiting.values())), strict=True))
+            results = dict(zip(waiting, train_together(list(waiting.values()), self._cohort), strict=True))
             waiting = {}
         return [
             Message(self._concluded(visit, contents[index]), reply_to=message)

@@ -25,6 +25,10 @@ class Watch:
         """At a simulated site memory has room for no more than ``size`` examples where ``setting`` asks for more."""
         self.note(f"site {site}: {text}")
 
+    def cohort_found(self, size: int, text: str) -> None:
+        """A measurement has found how many simulated sites to train in one pass; ``text`` says why."""
+        self.note(text)
+
     def site_finished(self, kind: str, site: str) -> None:
         """A simulated site has answered."""
 
@@ -52,6 +56,9 @@ class Passing(Watch):
 
     def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
         self.watch.smaller_batch(site, setting, size, text)
+
+    def cohort_found(self, size: int, text: str) -> None:
+        self.watch.cohort_found(size, text)
 
     def site_finished(self, kind: str, site: str) -> None:
         self.watch.site_finished(kind, site)

@@ -11,6 +11,8 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from ..client.app import client_app
+from ..client.cohort import Cohort
 from ..client.data import SiteData
 from ..core.config import RunConfig
 from ..core.errors import UserError
@@ -19,7 +21,6 @@ from ..core.progress import SILENT, Passing, Watch
 from ..server.app import run_on
 from ..server.rounds import check
 from ..server.rundir import RunDirectory, read_metrics, read_run
-from .app import make_simulated_client
 from .backdoor import target
 from .choice import Choice, choose, load, threads
 from .engines.flower import LOG, run_flower
@@ -30,6 +31,7 @@ from .execution import Execution
 from .fate import require_enough
 from .onlooker import Simulator
 from .scenario import complete, site_data
+from .sites import SimulatedSites
 from .timing import timed
 
 DEFAULT = Execution()
@@ -113,11 +115,15 @@ def _run(
 
 
 class _Remembering(Passing):
-    """Has run.json say where fewer examples passed at a time than the configuration asks for."""
+    """Has run.json say where fewer examples passed at a time than the configuration asks for, and what was measured."""
 
     def __init__(self, watch: Watch, told: dict[str, Any]) -> None:
         super().__init__(watch)
         self._told = told
+
+    def cohort_found(self, size: int, text: str) -> None:
+        self._told |= {"cohort": size, "cohort_why": text}
+        super().cohort_found(size, text)
 
     def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
         sizes = self._told.setdefault("smaller", {})
@@ -130,7 +136,9 @@ def _grid(
     choice: Choice, config: RunConfig, data: Mapping[str, SiteData], folder: Path, watch: Watch
 ) -> Iterator[Grid]:
     if choice.engine == "inprocess":
-        yield InProcessGrid(make_simulated_client(folder, watch), len(config.site_names))
+        cohort = Cohort(choice.cohort)
+        sites = SimulatedSites(lambda context: folder, watch, cohort)
+        yield InProcessGrid(client_app(sites.answer), len(config.site_names), sites, cohort)
         return
     with Pool(config, choice.workers, choice.threads) as pool:
         loads = [load(config, data[name]) for name in config.site_names]

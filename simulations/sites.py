@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from ..client.answering import SiteClient, Surroundings
 from ..client.app import own_name
+from ..client.cohort import Cohort
 from ..client.data import SiteData
 from ..client.policy import Policy, load_policy, unrestricted
 from ..core.config import RunConfig, config_from_json
@@ -41,10 +42,11 @@ class SimulatedSites:
     """Answers for every site of a process as :class:`~fedgraft.client.answering.SiteClient` does, faults included.
 
     ``folder``: the run directory, in which the sites keep their records. A site that finds a `policy.toml` in its
-    folder there keeps to it; the others have nobody to protect, and let out whatever the run asks for.
+    folder there keeps to it; the others have nobody to protect, and let out whatever the run asks for. ``cohort``: how
+    many train in one pass.
     """
 
-    def __init__(self, folder: Callable[[Context], Path], watch: Watch = SILENT) -> None:
+    def __init__(self, folder: Callable[[Context], Path], watch: Watch = SILENT, cohort: Cohort | None = None) -> None:
         def place(site: str, context: Context) -> Path:
             return folder(context) / "sites" / site
 

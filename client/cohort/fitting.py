@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import nn
 
+from ...privacy.engine.exact import MEMORY
 from ..trainer import Lesson
 
 #: A site that trains more numbers than this keeps the processor busy by itself, and stacks of them take memory.
@@ -31,8 +32,11 @@ def why_alone(lesson: Lesson) -> str:
     if lesson.noise is not None:
         return "correlated noise is handed out once, and a pass that breaks off begins again"
     parameters = [tensor for tensor in lesson.state.spec.tensors if tensor.parameter and tensor.policy != "freeze"]
-    if sum(lesson.state[tensor.name].size for tensor in parameters) > _MOST:
+    numbers = sum(lesson.state[tensor.name].size for tensor in parameters)
+    if numbers > _MOST:
         return f"it trains more than {_MOST / 1e6:.0f} million numbers"
+    if private and 8 * numbers * train.micro_batch > MEMORY:
+        return "the gradients of a site's examples fill the memory by themselves"
     if len({tensor.dtype for tensor in parameters}) > 1:
         return "its tensors are of more than one precision"
     return _unfit.get(lesson.resident.adapter.model, {}).get(private, "")

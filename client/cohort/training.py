@@ -37,8 +37,8 @@ from ..trainer import (
 from .fitting import unfit
 from .student import Micro, Student, row_of
 
-#: Bytes that the activations of one pass may take on a CPU, where larger ones are no faster.
-_PASS = 2**30
+#: Bytes that a pass may keep for its backward on a CPU: with more it is slower, for want of cache.
+_PASS = 2**26
 #: How far a pass of several sites may lie from a site's own before the model counts as unfit for it.
 _TOLERANCE = 1e-3
 
@@ -156,7 +156,8 @@ class _Cohort:
             return micro.student.names, micro.shape
 
         for (_, (length, _)), alike in groupby(sorted(micros, key=key), key):
-            most, together, rows = self._most_rows(length), [], 0
+            most, rows = self._most_rows(length), 0
+            together: list[Micro] = []
             for micro in sorted(alike, key=lambda micro: (len(micro.examples), micro.student.place)):
                 if together and rows + len(micro.examples) > most:
                     yield together
@@ -191,7 +192,8 @@ class _Cohort:
             active = {name: self._parameters[name] for name in names}
             kind = SitesRows if self._private else SitesSums
             self._engines[names] = kind(self._model, active, self._stacks)
-        self._engine = self._engines[names].__enter__()
+        self._engine = self._engines[names]
+        self._engine.__enter__()
         self._hide()
 
     def _hide(self) -> None:
@@ -297,7 +299,7 @@ class _Cohort:
             for name, gradient in zip(self._names, wanted, strict=True):
                 if gradient is None:
                     raise UserError(f"tensor {name} takes no part in this batch")
-            flat = [torch.cat([g.reshape(-1) for g in each]) for each in (got, wanted)]  # type: ignore[union-attr]
+            flat = [torch.cat([g.reshape(-1) for g in each]) for each in (got, wanted)]
             _require_near("its gradients", *flat)
         finally:
             self._hide()
@@ -411,7 +413,7 @@ class _Saved:
 
 
 def _require_near(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Raise :class:`UserError` unless both are equal but for rounding; where a site has diverged nothing can be told."""
+    """Raise :class:`UserError` unless both are equal but for rounding; of a site that has diverged nothing is told."""
     if not bool(torch.isfinite(want).all()):
         if bool(torch.isfinite(got).all()):
             raise UserError(f"{what} are others than alone")

@@ -1,4 +1,4 @@
-"""A Flower Grid inside one process: one resident base model, sites one after another, no Ray.
+"""A Flower Grid inside one process: one resident base model, sites one after another or in cohorts, no Ray.
 
 The ClientApp is called as Flower calls it, with messages that are copies, so that nothing is shared by accident.
 """
@@ -9,28 +9,45 @@ import copy
 import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from ...client.cohort import Cohort
+from ...core.wire import Kind
+
 _SITE_FAILED = 2
 _FIRST_NODE = 1
+
+
+class Answerer(Protocol):
+    """Whoever answers for the sites of a process."""
+
+    def answer_together(self, kind: Kind, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The answers of several sites to instructions of one kind, in their order."""
+        ...
 
 
 class InProcessGrid(Grid):
     """``sites`` nodes that run ``client_app`` when a message for them is pulled.
 
     Answers are produced one at a time, as the strategy asks for the next, so memory does not grow with the sites.
+    ``together``, where it is given, is asked in place of ``client_app`` when several sites train, as many at a time as
+    ``cohort`` says.
     """
 
-    def __init__(self, client_app: ClientApp, sites: int) -> None:
+    def __init__(
+        self, client_app: ClientApp, sites: int, together: Answerer | None = None, cohort: Cohort | None = None
+    ) -> None:
         # Messages ask for the identity of the running task, which Flower sets in the processes that it starts.
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _FIRST_NODE
         self._client_app = client_app
+        self._together, self._cohort = together, cohort or Cohort(1)
         self._contexts = {
             _FIRST_NODE + 1 + number: Context(
                 run_id=1,
@@ -76,13 +93,33 @@ class InProcessGrid(Grid):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         pending = iter(messages)
         while time.monotonic() <= deadline:
-            message = next(pending, None)
-            if message is None:
+            some = self._taken(pending)
+            if not some:
                 return
-            (identity,) = self.push_messages([message])
-            replies = self.pull_messages([identity])
+            self.push_messages(some)
+            if len(some) > 1:
+                replies = self._answer_together(some)
+            else:
+                replies = list(self.pull_messages([message.metadata.message_id for message in some]))
             if time.monotonic() <= deadline:
                 yield from replies
+
+    def _taken(self, pending: Iterator[Message]) -> list[Message]:
+        """The next instruction, or a cohort of them."""
+        some = list(islice(pending, 1))
+        if some and self._together is not None and some[0].metadata.message_type == MessageType.TRAIN:
+            some.extend(islice(pending, self._cohort.most - 1))
+        return some
+
+    def _answer_together(self, messages: Sequence[Message]) -> list[Message]:
+        pushed = [self._pushed.pop(message.metadata.message_id) for message in messages]
+        calls = [(copy.deepcopy(message), self._contexts[message.metadata.dst_node_id]) for message in pushed]
+        try:
+            if self._together is None:
+                raise RuntimeError("nobody answers several instructions")
+            return [copy.deepcopy(reply) for reply in self._together.answer_together("train", calls)]
+        except Exception as error:
+            return [Message(Error(_SITE_FAILED, type(error).__name__), reply_to=message) for message in pushed]
 
     def _answer(self, message: Message) -> Message:
         sent = copy.deepcopy(message)

@@ -26,6 +26,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from ...client.cohort import Cohort
 from ...client.devicememory import share_device
 from ...client.resident import wait
 from ...core.config import config_from_json
@@ -57,6 +58,9 @@ class Relay(Watch):
     def smaller_batch(self, site: str, setting: str, size: int, text: str) -> None:
         self._add("smaller_batch", site, setting, size, text)
 
+    def cohort_found(self, size: int, text: str) -> None:
+        self._add("cohort_found", size, text)
+
     def site_step(self, site: str, step: int, steps: int, loss: float | None, epsilon: float | None) -> None:
         self._add("site_step", site, step, steps, loss, epsilon)
 
@@ -83,7 +87,7 @@ class Worker:
     def __init__(self, channel: Channel, head: Mapping[str, Any]) -> None:
         self._channel = channel
         self._relay = Relay(channel)
-        self._client = SimulatedSites(lambda context: Path(head["folder"]), self._relay)
+        self._client = SimulatedSites(lambda context: Path(head["folder"]), self._relay, Cohort(head["cohort"]))
         self._profile = Profile(wait) if head["profile"] else None
         self._sites: int = head["sites"]
         self._contexts: dict[int, Context] = {}

@@ -24,6 +24,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from ...client.cohort.decision import MOST
 from ...core.errors import UserError
 from ...core.profile import Profile
 from ...core.progress import SILENT, Watch
@@ -64,8 +65,8 @@ class WorkersGrid(Grid):
     """As many nodes as ``loads`` has entries, served by the workers of ``pool``.
 
     ``loads``: the arithmetic of each site, in any unit; ``folder``: the run directory; ``cohort``: sites that a worker
-    answers together. A worker that dies takes with it the answers that it owes, which become errors that say why; from
-    then on the others serve its sites. Raises :class:`UserError` when none is left.
+    answers together, 0: as many as it finds to pay. A worker that dies takes with it the answers that it owes, which
+    become errors that say why; from then on the others serve its sites. Raises :class:`UserError` when none is left.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class WorkersGrid(Grid):
         self._living = list(self._workers)
         self._loads = list(loads)
         self._owner = [self._workers[owner] for owner in shares(self._loads, len(self._workers))]
-        self._cohort = cohort
-        self._window = max(_WINDOW, len(self._workers) * cohort * (_AHEAD + 1))
+        self._cohort = cohort or MOST
+        self._window = max(_WINDOW, len(self._workers) * self._cohort * (_AHEAD + 1))
         self._profile = profile
         self._watch = watch
         self._turn = self._sent = self._commons = 0
@@ -92,6 +93,7 @@ class WorkersGrid(Grid):
         self._pushed: dict[str, Message] = {}
         self._run: Any = None
         begin = {"is": "begin", "folder": str(folder), "sites": len(loads), "threads": pool.threads}
+        begin["cohort"] = cohort
         for worker in self._workers:
             gpu = worker.member.gpu
             own = {"profile": profile is not None, "gpu": gpu, "sharing": self._sharing(gpu)}

@@ -314,9 +314,9 @@ def test_what_is_late_or_lost_without_privacy_is_not_computed(
 ) -> None:
     trained: list[tuple[str, int]] = []
 
-    def watched(lessons: Any) -> Any:
+    def watched(lessons: Any, cohort: Any) -> Any:
         trained.extend((lesson.site, lesson.round) for lesson in lessons)
-        return train_together(lessons)
+        return train_together(lessons, cohort)
 
     monkeypatch.setattr("fedgraft.client.answering.train_together", watched)
     sites = ["east", {"name": "north", "straggler": True}, {"name": "south", "crashes": [1, 3]}]
