@@ -204,17 +204,22 @@ def _grid(events: tuple[Event, ...], neighbours: str, roughly: bool) -> float | 
 @lru_cache(maxsize=32)
 def _losses(event: Event, neighbours: str, grid: float) -> pld.PrivacyLossDistribution:
     """The composed privacy loss distribution of one event."""
+    if event.sampling_rate == 1 and not event.max_batch:
+        # So many Gaussians are one, of so much less noise.
+        noise = event.noise_multiplier / math.sqrt(event.steps)
+        return _step_losses(Event(noise, 1.0, 1), neighbours, grid)
+    return _step_losses(replace(event, steps=1), neighbours, grid).self_compose(event.steps)
+
+
+@lru_cache(maxsize=64)
+def _step_losses(event: Event, neighbours: str, grid: float) -> pld.PrivacyLossDistribution:
+    """That of one step, which costs far more than to compose it: a run asks for it after every round."""
     options = {"value_discretization_interval": grid, "neighboring_relation": _RELATIONS[neighbours]}
     if event.max_batch:
-        step = pld.from_truncated_subsampled_gaussian_mechanism(
+        return pld.from_truncated_subsampled_gaussian_mechanism(
             event.units, event.sampling_rate, event.max_batch, event.noise_multiplier, **options
         )
-    elif event.sampling_rate == 1:
-        # So many Gaussians are one, of so much less noise.
-        return pld.from_gaussian_mechanism(event.noise_multiplier / math.sqrt(event.steps), **options)
-    else:
-        step = pld.from_gaussian_mechanism(event.noise_multiplier, sampling_prob=event.sampling_rate, **options)
-    return step.self_compose(event.steps)
+    return pld.from_gaussian_mechanism(event.noise_multiplier, sampling_prob=event.sampling_rate, **options)
 
 
 @lru_cache(maxsize=4096)

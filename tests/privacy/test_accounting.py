@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import dp_accounting
 import numpy as np
@@ -400,3 +401,15 @@ def test_more_noise_than_a_run_may_have_is_found_where_it_is_asked_for() -> None
 )
 def test_what_is_above_a_limit_never_looks_like_it(value: float, limit: float, text: str) -> None:
     assert above(value, limit) == text
+
+
+@pytest.mark.parametrize("event", [Event(0.9, 0.05, 1), Event(1.1, 0.03, 1, units=400, max_batch=20)])
+def test_the_losses_of_a_step_are_made_once_for_all_rounds_of_a_run(event: Event) -> None:
+    accounting._step_losses.cache_clear()
+    spent = [epsilon((replace(event, steps=steps),), 1e-4) for steps in (6, 12, 18)]
+    made = accounting._step_losses.cache_info().misses
+    assert made == (2 if event.max_batch else 1) and spent == sorted(spent)
+    for steps, before in zip((6, 12, 18), spent, strict=True):
+        accounting._step_losses.cache_clear()
+        accounting._losses.cache_clear()
+        assert accounting._epsilon_pld.__wrapped__((replace(event, steps=steps),), 1e-4, "add_remove") == before
