@@ -33,5 +33,7 @@ def test_an_unknown_method_suggests_the_nearest(name: str, meant: str) -> None:
 
 
 def test_a_method_like_no_other_lists_them_all() -> None:
-    with pytest.raises(UserError, match="unknown method `zzz`; there are adapterfusion, bitfit, dora, full, ia3, ln, lora"):
+    with pytest.raises(
+        UserError, match="unknown method `zzz`; there are adapterfusion, bitfit, dora, full, ia3, ln, lora"
+    ):
         create_method("zzz")

@@ -67,7 +67,9 @@ def test_a_site_alone_does_what_a_federation_of_it_alone_would(
         ours, theirs = run["sites"][site["name"]], alone["sites"][site["name"]]
         assert ours["accuracy"] == theirs["accuracy"] and ours["accuracy_before"] == theirs["accuracy_before"]
         assert ours["epsilon"] == theirs["epsilon"]
-        kept = max((tmp_path / "local" / "sites" / site["name"] / "memory").glob("*/*"), key=lambda path: int(path.name))
+        kept = max(
+            (tmp_path / "local" / "sites" / site["name"] / "memory").glob("*/*"), key=lambda path: int(path.name)
+        )
         own, want = AdapterState.load(kept / "site-local.safetensors"), reached(tmp_path / f"alone-{site['name']}")
         assert set(own) == set(want) and all(np.array_equal(own[name], want[name]) for name in want)
 
@@ -125,9 +127,7 @@ def test_central_takes_as_many_steps_with_the_batches_of_all_sites(tiny_federati
     model.adapter.write(state)
     prepared = prepare(config, site_data(config)[POOLED], model, None, "any")
     for number in (1, 2):
-        state = train(
-            model, state, prepared.train, prepared.groups, config, site=POOLED, round=number, plan=None
-        ).state
+        state = train(model, state, prepared.train, prepared.groups, config, site=POOLED, round=number, plan=None).state
     assert reached(tmp_path / "central") == state
 
 
@@ -200,9 +200,7 @@ def test_pooled_sites_are_not_for_a_person_to_write(tiny_federation: Any) -> Non
         tiny_federation.config(**{"simulation.pooled": [{"name": "a"}]})
 
 
-def test_a_baseline_goes_on_where_it_was_interrupted(
-    tiny_federation: Any, tinyfederation: Any, tmp_path: Path
-) -> None:
+def test_a_baseline_goes_on_where_it_was_interrupted(tiny_federation: Any, tinyfederation: Any, tmp_path: Path) -> None:
     config = baseline(tiny_federation.config(rounds=2), "central")
     whole = tiny_federation.run(config, tmp_path / "whole")
     calls = 0

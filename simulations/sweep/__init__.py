@@ -1,0 +1,1 @@
+"""Sweeps: the same federation under many settings and seeds, baselines beside it, and runs compared."""
