@@ -57,7 +57,7 @@ class SimulatedSites:
         def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
             return poisoned(site_data(config)[site], config)
 
-        self._client = SiteClient(Surroundings(own_name, place, policy, data, self._rule, durable=False), watch)
+        self._client = SiteClient(Surroundings(own_name, place, policy, data, self._rule, durable=False), watch, cohort)
         self._fates: OrderedDict[str, Fates] = OrderedDict()
         #: Whose training of the round at hand is lost.
         self._lost: dict[str, Fate] = {}
