@@ -24,6 +24,8 @@ from .privacy.commands import app as privacy
 from .server.strategy_commands import app as strategies
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
+from .simulations.preview.commands import app as scenarios
+from .simulations.sweep.commands import compare, sweep
 
 app = typer.Typer(
     name="fedgraft",
@@ -35,6 +37,7 @@ app = typer.Typer(
 app.add_typer(privacy, name="privacy")
 app.add_typer(policy, name="policy")
 app.add_typer(strategies, name="strategies")
+app.add_typer(scenarios, name="scenarios")
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -90,10 +93,12 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine."""
     from .simulations import run as runs
-    from .simulations.display import Live, closing_lines, final_table
+    from .simulations.display import closing_lines, final_table
     from .simulations.engines import torchrun
     from .simulations.execution import Execution
+    from .simulations.live import Live
     from .simulations.scenario import load_scenario
+    from .simulations.timing import profile_of, profile_table
 
     execution = Execution(engine, workers, threads, cohort, profile)  # type: ignore[arg-type]
     if torchrun.serves():
@@ -115,6 +120,8 @@ def simulate(
         return
     out = Console()
     out.print(final_table(result))
+    if profile:
+        out.print(profile_table(profile_of(Path(result["report_path"]).parent)))
     for line in closing_lines(result):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -183,6 +190,24 @@ def report(folder: Annotated[Path, typer.Argument(help="A run directory.")]) -> 
     print(write_report(folder))
 
 
+@app.command("profile")
+def show_profile(
+    folder: Annotated[Path, typer.Argument(help="The directory of a run made with --profile.")],
+    rounds: Annotated[bool, typer.Option("--rounds", help="Tell each round by itself too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell where the time of a run went."""
+    from .simulations.timing import profile_of, profile_table, rounds_table
+
+    found = profile_of(folder)
+    if as_json:
+        print(json.dumps(found))
+        return
+    Console().print(profile_table(found))
+    if rounds:
+        Console().print(rounds_table(found))
+
+
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the PEFT methods, and which train with differential privacy."""
@@ -218,3 +243,5 @@ app.command("merge")(merge)
 app.command("embed")(embed)
 app.command("route")(route)
 app.command("attack")(attack)
+app.command("sweep")(sweep)
+app.command("compare")(compare)

@@ -1,4 +1,4 @@
-"""What a person sees: numbers as people read them, a bar that ends where it should, names that are taken literally."""
+"""What a person reads of a run: numbers as people read them, names taken literally, tables that end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedgraft.simulations.display import Lines, Live, closing_lines, final_table, percent, phase_line, size
+from fedgraft.simulations.display import Lines, closing_lines, final_table, percent, phase_line, size
 
 
 @pytest.mark.parametrize(
@@ -91,23 +91,37 @@ def test_a_line_for_each_phase(run: dict[str, Any]) -> None:
     assert "accuracy –" in phase_line(nothing, 2)
 
 
-@pytest.mark.parametrize("every", [0, 1, 2])
-def test_the_bar_is_full_when_the_run_is_over(tiny_federation: Any, tmp_path: Path, every: int) -> None:
-    config = tiny_federation.config(**{"evaluate.every": every})
-    console = Console(file=io.StringIO(), force_terminal=True, width=160)
-    with Live(console, config) as live:
-        tiny_federation.run(config, tmp_path / "run", watch=live)
-        (bar,) = live._progress.tasks
-        assert bar.completed == bar.total
-        assert bar.description.startswith("round 3/3 evaluating")
-    longer = tiny_federation.config(rounds=4, **{"evaluate.every": every})
-    with Live(console, longer) as live:
-        tiny_federation.resume(longer, tmp_path / "run", watch=live, rounds=4)
-        (bar,) = live._progress.tasks
-        assert bar.completed == bar.total == 3 * (config.train.local_steps + 1)
-
-
 def test_plain_lines_take_brackets_literally() -> None:
     console = Console(file=io.StringIO(), width=200)
     Lines(console, None).note("site [/red] is missing")  # type: ignore[arg-type]
     assert console.file.getvalue() == "site [/red] is missing\n"  # type: ignore[attr-defined]
+
+
+def test_a_line_says_how_many_are_missing(run: dict[str, Any]) -> None:
+    folder = Path(run["report_path"]).parent
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert "3 sites  " in phase_line(record, 2) and "missing" not in phase_line(record, 2)
+    many = {f"site-{number}": {"records": 5, "loss": 0.5} for number in range(1200)}
+    text = phase_line({**record, "sites": many, "missing": {"a": "late", "b": "no answer"}}, 2)
+    assert "1,200 sites, 2 missing  loss 0.500" in text
+
+
+@pytest.mark.parametrize(("count", "rows"), [(30, 30), (31, 10), (5000, 10)])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_table_of_many_sites_shows_both_ends(run: dict[str, Any], count: int, rows: int, known: bool) -> None:
+    site = next(iter(run["sites"].values()))
+    names = [f"site-{(number * 37) % count:04d}" for number in range(count)]
+    accuracy = {name: number / count if known else None for number, name in enumerate(names)}
+    assert len(accuracy) == count  # 37 has no factor in common with any of the counts
+    many = {**run, "sites": {name: {**site, "accuracy": accuracy[name]} for name in sorted(names)}}
+    text = shown(final_table(many))
+    lines = [line for line in text.splitlines() if "site-" in line]
+    assert len(lines) == rows
+    told = [line.split("│")[1].strip() for line in lines]
+    assert told == sorted(told)
+    if rows < count:
+        assert set(told) == ({*names[:5], *names[-5:]} if known else {*sorted(names)[:5], *sorted(names)[-5:]})
+        assert f"and {count - rows:,} more" in text
+    else:
+        assert " more" not in text
+    assert f"{count * site['records']:,}" in text.splitlines()[-2], "the last row counts all of them"
