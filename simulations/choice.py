@@ -6,6 +6,7 @@ what fixes the last bits of a result, and the same command must give the same re
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ _SHARE = 0.6
 _IMAGES = ("image-classification",)
 #: Records of a site whose lengths are looked at.
 _SAMPLE = 100
+#: So many sites stand for all, and so many are told apart by what they have to do.
+_SITES, _WEIGHED = 16, 64
 
 
 @dataclass(frozen=True)
@@ -179,14 +182,16 @@ def arithmetic(config: RunConfig, data: Mapping[str, SiteData], model: Model) ->
     """Seconds that the run's trainings and evaluations would take one core, roughly."""
     every = config.evaluate.every
     evaluations = 1 + sum(r == config.rounds or bool(every and r % every == 0) for r in range(1, config.rounds + 1))
-    operations, steps = 0.0, 0
-    for site in data.values():
+    share = (config.server.sites_per_round or len(config.site_names)) / len(config.site_names)
+    operations = steps = 0.0
+    some = config.site_names[:: math.ceil(len(config.site_names) / _SITES)]
+    for site in (data[name] for name in some):
         tokens = model.patches or _tokens(site.train.inputs, config.task.max_length)
         batch = min(config.train.batch_size, len(site.train)) * tokens
-        operations += model.parameters * _TRAIN * config.rounds * config.train.local_steps * batch
+        operations += model.parameters * _TRAIN * share * config.rounds * config.train.local_steps * batch
         operations += model.parameters * _EVALUATE * evaluations * len(site.held_out) * tokens
-        steps += config.rounds * config.train.local_steps
-    return operations / _RATE + steps * _STEP
+        steps += share * config.rounds * config.train.local_steps
+    return (operations / _RATE + steps * _STEP) * len(config.site_names) / len(some)
 
 
 def _tokens(texts: Sequence[Any], most: int) -> float:
@@ -195,8 +200,17 @@ def _tokens(texts: Sequence[Any], most: int) -> float:
     return sum(some) / len(some)
 
 
-def load(config: RunConfig, site: SiteData) -> float:
-    """What a site's round takes to compute, against another's: records that it trains on or evaluates."""
+def loads(config: RunConfig, data: Mapping[str, SiteData]) -> list[float]:
+    """What each site's round takes to compute, against the others': records that it trains on or evaluates.
+
+    Thousands of sites even out, and their data are not made for this.
+    """
+    if len(config.site_names) > _WEIGHED:
+        return [1.0] * len(config.site_names)
+    return [_load(config, data[name]) for name in config.site_names]
+
+
+def _load(config: RunConfig, site: SiteData) -> float:
     trained = config.train.local_steps * min(config.train.batch_size, len(site.train))
     return trained + len(site.held_out) * _EVALUATE / _TRAIN
 

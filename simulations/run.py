@@ -22,7 +22,7 @@ from ..server.app import run_on
 from ..server.rounds import check
 from ..server.rundir import RunDirectory, read_metrics, read_run
 from .backdoor import target
-from .choice import Choice, choose, load, threads
+from .choice import Choice, choose, loads, threads
 from .engines.flower import LOG, run_flower
 from .engines.inprocess import InProcessGrid
 from .engines.pool import Pool
@@ -141,5 +141,4 @@ def _grid(
         yield InProcessGrid(client_app(sites.answer), len(config.site_names), sites, cohort)
         return
     with Pool(config, choice.workers, choice.threads) as pool:
-        loads = [load(config, data[name]) for name in config.site_names]
-        yield WorkersGrid(pool, loads, folder, cohort=choice.cohort, profile=current(), watch=watch)
+        yield WorkersGrid(pool, loads(config, data), folder, cohort=choice.cohort, profile=current(), watch=watch)

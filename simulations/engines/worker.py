@@ -87,7 +87,8 @@ class Worker:
     def __init__(self, channel: Channel, head: Mapping[str, Any]) -> None:
         self._channel = channel
         self._relay = Relay(channel)
-        self._client = SimulatedSites(lambda context: Path(head["folder"]), self._relay, Cohort(head["cohort"]))
+        self._cohort = Cohort(head["cohort"])
+        self._client = SimulatedSites(lambda context: Path(head["folder"]), self._relay, self._cohort)
         self._profile = Profile(wait) if head["profile"] else None
         self._sites: int = head["sites"]
         self._contexts: dict[int, Context] = {}
@@ -114,6 +115,7 @@ class Worker:
             replies = [no_answer(message, "crashed", type(error).__name__) for message, _ in calls]
         errors = [[reply.error.code, reply.error.reason] if reply.has_error() else None for reply in replies]
         told = {"is": "answers", "number": head["number"], "errors": errors, "events": self._relay.taken()}
+        told["cohort"] = self._cohort.most
         told["profile"] = self._profile.taken() if self._profile is not None else {}
         self._channel.send(told, [b"" if reply.has_error() else to_bytes(reply.content) for reply in replies])
 

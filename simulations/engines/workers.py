@@ -24,7 +24,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from ...client.cohort.decision import MOST
+from ...client.cohort import Cohort
 from ...core.errors import UserError
 from ...core.profile import Profile
 from ...core.progress import SILENT, Watch
@@ -56,6 +56,7 @@ class _Worker:
 
     number: int
     member: Member
+    cohort: int
     queue: deque[_Asked] = field(default_factory=deque)
     given: dict[int, list[_Asked]] = field(default_factory=dict)
     holds: OrderedDict[tuple[int, ...], tuple[int, RecordDict]] = field(default_factory=OrderedDict)
@@ -80,20 +81,19 @@ class WorkersGrid(Grid):
         watch: Watch = SILENT,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _FIRST_NODE
-        self._workers = [_Worker(number, member) for number, member in enumerate(pool.members, 1)]
+        most = Cohort(cohort).most
+        self._workers = [_Worker(number, member, most) for number, member in enumerate(pool.members, 1)]
         self._living = list(self._workers)
         self._loads = list(loads)
         self._owner = [self._workers[owner] for owner in shares(self._loads, len(self._workers))]
-        self._cohort = cohort or MOST
-        self._window = max(_WINDOW, len(self._workers) * self._cohort * (_AHEAD + 1))
+        self._window = max(_WINDOW, len(self._workers) * most * (_AHEAD + 1))
         self._profile = profile
         self._watch = watch
         self._turn = self._sent = self._commons = 0
         self._ready: dict[int, Message] = {}
         self._pushed: dict[str, Message] = {}
         self._run: Any = None
-        begin = {"is": "begin", "folder": str(folder), "sites": len(loads), "threads": pool.threads}
-        begin["cohort"] = cohort
+        begin = {"is": "begin", "folder": str(folder), "sites": len(loads), "threads": pool.threads, "cohort": cohort}
         for worker in self._workers:
             gpu = worker.member.gpu
             own = {"profile": profile is not None, "gpu": gpu, "sharing": self._sharing(gpu)}
@@ -172,9 +172,9 @@ class WorkersGrid(Grid):
         """Send what waits, in cohorts; ``last``: nothing will join it. An idle worker gets what there is."""
         for worker in list(self._living):
             while worker.queue and len(worker.given) < _AHEAD:
-                if len(worker.queue) < self._cohort and not last and worker.given:
+                if len(worker.queue) < worker.cohort and not last and worker.given:
                     break
-                batch = [worker.queue.popleft() for _ in range(min(self._cohort, len(worker.queue)))]
+                batch = [worker.queue.popleft() for _ in range(min(worker.cohort, len(worker.queue)))]
                 self._instruct(worker, batch)
 
     def _instruct(self, worker: _Worker, batch: list[_Asked]) -> None:
@@ -228,6 +228,7 @@ class WorkersGrid(Grid):
         if self._profile is not None:
             for name, spent in head["profile"].items():
                 self._profile.add(name, spent["seconds"], spent["calls"])
+        worker.cohort = head["cohort"]
         batch = worker.given.pop(head["number"])
         for at, asked in enumerate(batch):
             if asked.turn != self._turn:

@@ -81,6 +81,7 @@ class Thread:
                 head, parts = self._there.receive()
                 self.heads.append(head)
                 if head["is"] == "begin":
+                    self.cohort = head["cohort"]
                     continue
                 own, common = parts[: len(head["sites"])], parts[len(head["sites"]) :]
                 self._common |= {n: from_bytes(part) for n, part in zip(head["common"], common, strict=True)}
@@ -95,7 +96,7 @@ class Thread:
                     self._there.close()
                     return
                 told = {"is": "answers", "number": head["number"], "errors": [None] * len(replies), "events": []}
-                self._there.send({**told, "profile": {}}, [to_bytes(reply) for reply in replies])
+                self._there.send({**told, "profile": {}, "cohort": self.cohort}, [to_bytes(reply) for reply in replies])
         except Closed:
             return
 
