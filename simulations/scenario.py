@@ -33,12 +33,17 @@ def load_scenario(name: str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(name)
     if not path.suffix and not path.exists() and os.sep not in name:
-        path = _FOLDER / f"{name}.toml"
-        if not path.exists():
-            near = difflib.get_close_matches(name, named(), n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(named())}"
-            raise UserError(f"{name}: no such file and no scenario of that name; {hint}")
+        path = scenario_path(name)
     return complete(load_config(path, overrides))
+
+
+def scenario_path(name: str) -> Path:
+    """The file of a scenario that comes with fedgraft. Raises :class:`UserError` for a name that none has."""
+    if name not in named():
+        near = difflib.get_close_matches(name, named(), n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(named())}"
+        raise UserError(f"{name}: no such file and no scenario of that name; {hint}")
+    return _FOLDER / f"{name}.toml"
 
 
 def complete(config: RunConfig) -> RunConfig:

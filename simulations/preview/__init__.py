@@ -1,0 +1,1 @@
+"""`fedgraft scenarios`: the scenarios that come with fedgraft, and what a configuration deals to its sites."""
