@@ -303,6 +303,7 @@ def test_a_run_that_runs_out_of_memory_spends_each_step_once(
     shortage(resident(run), monkeypatch, [1], "backward")
     halved = tiny_federation.run(run, tmp_path / "halved", watch=Noting())
     assert halved["digest"] == small["digest"]
+    assert halved["execution"]["smaller"] == {"train.micro_batch": 4} and "smaller" not in small["execution"]
     assert [text for text in notes if "memory" in text] == [
         "site east: out of memory on cpu: train.micro_batch is 4 from now on instead of 8; the batch stays what it is"
     ]
