@@ -117,7 +117,27 @@ def closing_lines(run: Mapping[str, Any]) -> list[str]:
     lines = [
         f"A site's round: {size(up)} up, {size(down)} down; the full model would be {size(full)} each way "
         f"({full / max(1, up):,.0f} times the upload). {run['seconds']:.0f} s in all.",
+        *_simulated(run),
         f"adapter  {run['adapter_path']}",
         f"report   {run['report_path']}",
     ]
     return [*(f"warning: {text}" for text in run["warnings"]), *lines]
+
+
+def _simulated(run: Mapping[str, Any]) -> list[str]:
+    """What only a simulation knows."""
+    lines = []
+    if run.get("virtual"):
+        told = run["virtual"]
+        lines.append(
+            f"By the virtual clock: {told['seconds']:,.0f} s ({told['compute']:,.0f} s computing, "
+            f"{told['down'] + told['up']:,.0f} s sending, {told['waiting']:,.0f} s waiting for late sites); "
+            f"waited longest for {told['slowest']}."
+        )
+    if run.get("backdoor"):
+        told = run["backdoor"]
+        lines.append(
+            f"Triggered records called `{told['target']}`: {percent(told['success_before'])} before, "
+            f"{percent(told['success_after'])} after."
+        )
+    return lines
