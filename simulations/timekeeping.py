@@ -12,22 +12,22 @@ _PARTS = ("down", "compute", "up", "waiting")
 
 
 def of_phase(phase: Phase, clock: Clock) -> dict[str, Any]:
-    """``virtual_seconds`` of a phase, and in ``virtual`` what they were spent on and by whom.
+    """``virtual_seconds`` of a phase, and in ``virtual`` what they were spent on, and the site waited for longest.
 
     The exchanges of a phase follow each other, and each ends with its slowest site; where somebody is late, at the
     deadline, all of which counts as ``waiting``. Nobody waits for a site that is known to be absent.
     """
     parts = dict.fromkeys(_PARTS, 0.0)
-    slowest = ""
+    waits: list[tuple[float, str]] = []
     for number, exchange in enumerate(phase.exchanges):
         after = phase.exchanges[number + 1 :]
         asked_again = {site for later in after for site in later.down}
         begun_later = {site for later in after if later.kind == exchange.kind for site in later.down}
         faults = {site: phase.faults.get(site, "") for site in exchange.down if site not in asked_again}
-        late = sorted(site for site, fault in faults.items() if fault == "late")
+        late = [site for site, fault in faults.items() if fault == "late"]
         if late:
             parts["waiting"] += clock.deadline
-            slowest = late[0]
+            waits.append((-clock.deadline, min(late)))
             continue
         times = {}
         for site, size in exchange.down.items():
@@ -40,9 +40,11 @@ def of_phase(phase: Phase, clock: Clock) -> dict[str, Any]:
                 times[site] = clock.down(site, size) + work + clock.up(site, exchange.up.get(site, 0))
         if times:
             # Of equals the first by name, whatever the order of the answers.
-            slowest = min(times, key=lambda site: (-times[site].total, site))
+            wait, slowest = min((-taken.total, site) for site, taken in times.items())
+            waits.append((wait, slowest))
             for part in ("down", "compute", "up"):
                 parts[part] += getattr(times[slowest], part)
+    slowest = min(waits)[1] if waits else ""
     return {"virtual_seconds": sum(parts.values()), "virtual": {"slowest": slowest, **parts}}
 
 

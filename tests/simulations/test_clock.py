@@ -160,6 +160,10 @@ def test_the_second_pass_of_a_training_comes_after_the_first_and_trains_nothing(
     ones = max(_naive(10**6, 10**6, 6, 1), _naive(10**6, 10**6, 6, 2))
     twos = max(_naive(10**5, 10**4, 0, 1), _naive(10**5, 10**7, 0, 2))
     assert found["virtual_seconds"] == pytest.approx(ones + twos)
+    assert found["virtual"]["slowest"] == "b"
+    # Whoever was waited for longest, in whichever of the two.
+    second.up["b"] = 10**4
+    assert timekeeping.of_phase(Phase("train", 1, exchanges=[first, second]), CLOCK)["virtual"]["slowest"] == "a"
 
 
 def test_a_site_that_must_be_told_again_trains_once() -> None:

@@ -360,6 +360,30 @@ def test_under_privacy_a_late_site_has_spent_all_its_steps_and_a_crashed_one_hal
     assert "it died in the middle of the training" in log
 
 
+def test_who_dies_among_sites_that_train_together_takes_nobody_along(
+    tiny_federation: Any, tinyfederation: Any, tmp_path: Path
+) -> None:
+    """Three sites in the same passes, one gone after half of them: the ledgers and the record are as one by one."""
+    sites = ["east", {"name": "north", "straggler": True}, {"name": "south", "crashes": 1}]
+    changes = {"data.sites": sites, "server.quorum": 1, "rounds": 1, "train.local_steps": 4}
+    changes |= {"privacy.seeded_noise_not_private": True}
+    config = tiny_federation.private(**changes)
+    digests = {}
+    for cohort in (1, 3):
+        folder = tmp_path / str(cohort)
+        run = runs.simulate(config, folder, execution=Execution("inprocess", cohort=cohort))
+        digests[cohort] = run["digest"]
+        outcomes = {site: _ledger(folder, site)[1] for site in config.site_names}
+        assert {site: (line["outcome"], line["steps"]) for site, line in outcomes.items()} == {
+            "east": ("released", 4),
+            "north": ("released", 4),
+            "south": ("failed", 3),
+        }
+        (line,) = tinyfederation.metrics(folder, "train")
+        assert line["faults"] == {"north": "late", "south": "crashed"}
+    assert digests[1] == digests[3]
+
+
 def test_a_loss_that_nobody_heard_of_is_warned_of(tiny_federation: Any, tmp_path: Path) -> None:
     """South dies in the last round, so the server has only what it said in the one before."""
     sites = ["east", "north", {"name": "south", "crashes": 2}]
