@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,10 @@ from .statistics import estimate
 #: With more runs than this they are lines of the table, not columns.
 _ABREAST = 5
 _LONGEST = 60
+#: With more settings that differ than these they are left to files, where runs stand below one another.
+_FEW = 3
+_FURTHEST = "from the first"
+_SHORT = ("accuracy before", "accuracy", "ε spent", "bytes up a site", "seconds", "adapter", _FURTHEST)
 _NOTHING = "–"
 
 
@@ -84,6 +89,8 @@ class Comparison:
             found.append("the configurations are equal")
         if self.equal:
             found.append("the final adapters are equal, bit by bit")
+        if len(self.runs) > _ABREAST and len(self.differing) > _FEW:
+            found.append(f"{len(self.differing)} settings differ: --output FILE.csv, .md or .html has them all")
         for run in self.runs:
             if not run.curve.rounds:
                 kept = run.run["config"]["evaluate"]["release"] == "none"
@@ -98,7 +105,7 @@ class Comparison:
         facts = [(title, [show(run) for run in self.runs]) for title, show in _FACTS.items()]
         facts = [(title, shown) for title, shown in facts if set(shown) != {_NOTHING}]
         apart = [_NOTHING if far is None else "equal" if far == 0 else f"{far:.2g}" for far in self.distances]
-        return [*settings, *facts, ("furthest from the first", ["", *apart[1:]])]
+        return [*settings, *facts, (_FURTHEST, ["", *apart[1:]])]
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -173,6 +180,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "name" in each for each in value):
+        value = ", ".join(each["name"] for each in value)  # sites
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
@@ -185,22 +194,33 @@ def _group(run: Compared) -> Group:
 
 
 def as_table(comparison: Comparison) -> Table:
-    """For the terminal: runs abreast, or below one another where there are many."""
-    labels, lines = [run.label for run in comparison.runs], comparison.lines()
-    abreast = len(labels) <= _ABREAST
-    table = Table()
-    for index, title in enumerate(["", *labels] if abreast else ["run", *(title for title, _ in lines)]):
-        table.add_column(Text(title), justify="right" if index else "left", overflow="fold")
-    for cells in _turned(comparison, abreast):
-        table.add_row(*map(Text, cells))
+    """For the terminal: runs abreast, or where there are many below one another and with what matters most."""
+    abreast = len(comparison.runs) <= _ABREAST
+    rows = _turned(comparison) if abreast else _below(comparison)
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, title in enumerate(rows[0]):
+        table.add_column(_breakable(title), justify="right" if index else "left", overflow="fold")
+    for cells in rows[1:]:
+        table.add_row(*map(_breakable, cells))
     return table
 
 
-def _turned(comparison: Comparison, abreast: bool) -> list[list[str]]:
-    lines = comparison.lines()
-    if abreast:
-        return [[title, *shown] for title, shown in lines]
-    return [[run.label, *(shown[index] for _, shown in lines)] for index, run in enumerate(comparison.runs)]
+def _breakable(text: str) -> Text:
+    """A name that is made of settings breaks between them."""
+    return Text(text.replace(",", ", ") if "=" in text else text)
+
+
+def _turned(comparison: Comparison) -> list[list[str]]:
+    """A column a run, the first row its labels."""
+    return [["", *(run.label for run in comparison.runs)], *([title, *cells] for title, cells in comparison.lines())]
+
+
+def _below(comparison: Comparison) -> list[list[str]]:
+    """A row a run, with the settings that differ where they are few."""
+    few = len(comparison.differing) <= _FEW
+    kept = [(title, cells) for title, cells in comparison.lines() if title in _SHORT or (few and title not in _FACTS)]
+    head = ["run", *(title for title, _ in kept)]
+    return [head, *([run.label, *(c[i] for _, c in kept)] for i, run in enumerate(comparison.runs))]
 
 
 def write(comparison: Comparison, path: Path) -> Path:
@@ -235,15 +255,15 @@ def _plain(value: Any) -> Any:
 
 
 def _markdown(comparison: Comparison) -> str:
-    head = ["", *(run.label for run in comparison.runs)]
-    rows = [head, ["---"] * len(head), *_turned(comparison, abreast=True)]
+    head, *rows = _turned(comparison)
+    rows = [head, ["---"] * len(head), *rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in comparison.notes)]) + "\n"
 
 
 def _html(comparison: Comparison) -> str:
-    head = ["", *(el.text(run.label) for run in comparison.runs)]
-    table = el.table(head, ([el.text(cell) for cell in row] for row in _turned(comparison, abreast=True)), "sites")
+    head, *rows = ([el.text(cell) for cell in row] for row in _turned(comparison))
+    table = el.table(head, rows, "sites")
     notes = "".join(f"<li>{el.text(note)}</li>" for note in comparison.notes)
     figures = []
     if any(run.curve.rounds for run in comparison.runs):

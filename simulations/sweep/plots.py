@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _BASELINES = {"none": "no training", "local": "each site alone", "central": "cen
 #: Keys that say what is promised, which has an axis or a dash of its own.
 _PROMISE = ("privacy.epsilon", "privacy.enabled")
 _CAP = 3.0
+_LEGEND_WIDTH = 26
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _handles(
                 linestyle=_DOTS if dotted else _DASHES[1] if one.baseline and dashes is None else "-",
                 marker="" if dotted or one in level else one.marker,
                 markersize=5,
-                label=one.label,
+                label=_broken(one.label),
             )
         )
     if dashes is not None and len(dashes) > 1:
@@ -267,6 +269,11 @@ def _style(name: str) -> Iterator[None]:
     """That of all charts; names from a grid are plain text, whatever they hold."""
     with drawing(f"sweep-{name}"), matplotlib.rc_context({"text.parse_math": False, "font.size": 10}):
         yield
+
+
+def _broken(label: str) -> str:
+    """``label`` in lines that leave room for the picture."""
+    return textwrap.fill(re.sub(r",(?=\S)", ", ", label), _LEGEND_WIDTH)
 
 
 def _canvas() -> tuple[Figure, Axes]:
