@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..client.policy import Policy, load_policy, unrestricted
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
+from ..core.recent import Recent
 from ..core.wire import Kind, content_bytes, decode_job, no_answer
 from ..strategies import LocalRule, Training
 from .attackers import attacking, sends_nan, spoilt
@@ -58,7 +58,7 @@ class SimulatedSites:
             return poisoned(site_data(config)[site], config)
 
         self._client = SiteClient(Surroundings(own_name, place, policy, data, self._rule, durable=False), watch, cohort)
-        self._fates: OrderedDict[str, Fates] = OrderedDict()
+        self._fates: Recent[str, Fates] = Recent(_KEEP)
         #: Whose training of the round at hand is lost.
         self._lost: dict[str, Fate] = {}
 
@@ -87,7 +87,7 @@ class SimulatedSites:
         call = _Call(message, context)
         try:
             job = decode_job(message.content)
-            fates = self._of_run(job.config)
+            fates = self._fates.get(job.config, lambda: Fates(config_from_json(job.config, "the server's instruction")))
             if fates.none:
                 return call
             call.site, call.fates = own_name(fates.config, context), fates
@@ -97,13 +97,6 @@ class SimulatedSites:
         if call.fate is None and kind == "train" and fates.clock.runs:
             call.fate = fates.late(call.site, content_bytes(message.content))
         return call
-
-    def _of_run(self, text: str) -> Fates:
-        if text not in self._fates:
-            self._fates[text] = Fates(config_from_json(text, "the server's configuration"))
-            while len(self._fates) > _KEEP:
-                self._fates.popitem(last=False)
-        return self._fates[text]
 
     def _arrived(self, kind: Kind, call: _Call, answer: Message) -> Message:
         """What the server gets in place of ``answer``."""
