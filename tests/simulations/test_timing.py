@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fedgraft.cli import app
 from fedgraft.core.errors import UserError
 from fedgraft.core.profile import SECTIONS, current
 from fedgraft.core.progress import Watch
@@ -159,3 +161,12 @@ def test_workers_measure_too(tiny_federation: Any, profiled: tuple[dict[str, Any
     for name in ("forward", "clip", "noise", "optimizer", "evaluation"):
         assert there["sections"][name]["calls"] == here["sections"][name]["calls"]
         assert there["sections"][name]["seconds"] > 0
+
+
+def test_the_command_tells_it_again(profiled: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    folder, runner = str(profiled[1]), CliRunner()
+    plain = runner.invoke(app, ["profile", folder])
+    assert plain.exit_code == 0 and "of wall" in plain.output and "Seconds by round" not in plain.output
+    assert "Seconds by round" in runner.invoke(app, ["profile", folder, "--rounds"]).output
+    assert json.loads(runner.invoke(app, ["profile", folder, "--json"]).output) == profile_of(profiled[1])
+    assert isinstance(runner.invoke(app, ["profile", str(tmp_path)]).exception, UserError)
