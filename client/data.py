@@ -40,11 +40,14 @@ class Records:
         return groups, unit_keys(groups, self.digests, patients)
 
     def take(self, indices: np.ndarray) -> Records:
-        return Records(
+        taken = Records(
             [self.inputs[i] for i in indices],
             self.labels[indices] if self.labels is not None else None,
             [self.patients[i] for i in indices] if self.patients is not None else None,
         )
+        if "digests" in vars(self):
+            vars(taken)["digests"] = [self.digests[i] for i in indices]
+        return taken
 
 
 @dataclass(frozen=True)

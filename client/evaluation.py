@@ -31,7 +31,8 @@ def evaluate(
     even one is too much.
     """
     resident.adapter.write(state)
-    resident.adapter.model.eval()
+    if resident.adapter.model.training:
+        resident.adapter.model.eval()
     found = {key: np.zeros(len(examples)) for key in ("examples", "correct", "loss_sum")}
     numbered = [{**example, "at": at} for at, example in enumerate(examples)]
 

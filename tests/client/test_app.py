@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,29 @@ def test_the_budget_is_on_the_disk_before_the_first_step(private: Any, monkeypat
     (entry,) = Ledger(private.folder / "ledgers").entries()
     # The step that broke off counts; those after it never ran.
     assert (entry.steps, entry.taken, entry.outcome) == (3, 1, "failed")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_ledger_and_audit_log_wait_for_the_disk_unless_the_site_s_own_machine_says_otherwise(
+    private: Any, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    assert client_app.DEPLOYED.durable, "a real site is not asked"
+    surroundings = dataclasses.replace(client_app.DEPLOYED, durable=durable)
+    monkeypatch.setattr(_CONVERSATION, "app", make_client_app(surroundings))
+    fsync, synced = os.fsync, []
+
+    def noting(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    answer, _ = private.train()
+    assert answer.error == ""
+    (ledger,) = (private.folder / "ledgers").glob("*.jsonl")
+    lines = {path.name: len(path.read_bytes().splitlines()) for path in (ledger, private.folder / "audit.jsonl")}
+    assert lines == {ledger.name: 2, "audit.jsonl": 2}
+    assert {name: synced.count(name) for name in lines} == (lines if durable else dict.fromkeys(lines, 0))
+    assert durable or not synced
 
 
 def test_a_ledger_that_cannot_be_written_stops_the_training(private: Any) -> None:

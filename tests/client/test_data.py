@@ -343,6 +343,14 @@ def test_the_fingerprint_is_that_of_the_records_in_any_order_and_split(images: P
         _ = Records([images / "gone.png"]).digests
 
 
+def test_records_that_were_taken_bring_their_digests_along() -> None:
+    records = Records(["a", "b", "c"], np.array([0, 1, 1]), ["p", "q", "r"])
+    fresh = records.take(np.array([2, 0])).digests
+    whole = records.digests
+    assert records.take(np.array([2, 0])).digests == fresh == [whole[2], whole[0]]
+    assert len(set(whole)) == 3
+
+
 def test_a_split_that_leaves_one_side_empty_says_so() -> None:
     records = Records(["a", "b"], np.zeros(2, dtype=np.int64))
     for seed in range(20):

@@ -154,6 +154,32 @@ def test_a_line_is_on_the_disk_before_it_is_granted(path: Path, monkeypatch: pyt
     assert done == [("write", str(path)), ("sync", str(path))]
 
 
+def test_a_journal_that_need_not_last_writes_the_same_lines_and_waits_for_no_disk(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lasting(file: int) -> None:
+        raise OSError(5, "nobody asked for this")
+
+    lines = written(path)
+    monkeypatch.setattr(os, "fsync", lasting)
+    brief = Journal(tmp_path / "brief" / "log.jsonl", name="log", stop="", damage="", durable=False)
+    for entry in ENTRIES:
+        brief.append(entry)
+    assert brief.path.read_bytes() == lines and entries(brief.path) == ENTRIES
+    with brief.path.open("ab") as file:
+        file.write(b'{"torn')
+    brief.append({"n": 4})
+    assert entries(brief.path) == (*ENTRIES, {"n": 4})
+
+
+def test_a_line_longer_than_a_block_is_found_from_the_end(path: Path) -> None:
+    long = {"text": "x" * 50_000}
+    for _ in range(3):
+        journal(path).append(long)
+        journal(path).append({"n": 1})
+    assert entries(path) == (long, {"n": 1}) * 3
+
+
 @pytest.mark.parametrize("fails", [0, 1])
 def test_a_disk_that_does_not_confirm_grants_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
     fsync, calls = os.fsync, []
