@@ -19,6 +19,8 @@ from .training import CannotShareError, train_in_one
 MOST = 32
 _SIZES = (2, 4, 8, 16, 32)
 _STEPS, _TIMES = 2, 3
+#: Seconds that the measurement may take, about.
+_BUDGET = 4.0
 #: What is not faster by this factor is not worth it.
 _PAYS = 1.1
 
@@ -68,12 +70,10 @@ class Cohort:
 
     def size_for(self, lessons: Sequence[Lesson]) -> int:
         """How many of ``lessons``, which fit together, to train in one."""
-        if len(lessons) < 2:
-            return 1
-        if self.decision is None:
+        if self.decision is None and (len(lessons) > 1 or why_alone(lessons[0])):
             self.decision = measured(lessons)
             self.on_decision(self.decision)
-        return self.decision.size
+        return 1 if self.decision is None else self.decision.size
 
 
 def measured(lessons: Sequence[Lesson]) -> Decision:
@@ -86,12 +86,17 @@ def measured(lessons: Sequence[Lesson]) -> Decision:
         return Decision(1, why=why)
     try:
         rehearsals = [_rehearsal(lesson) for lesson in lessons[:MOST]]
+        if not _same(rehearsals[:2]):
+            return Decision(1, same=False)
+        # Where steps are slow, fewer sites and one look at each size must do.
+        one = _seconds(rehearsals[:2], 1) * _STEPS
+        times = _TIMES if one * _TIMES * 2 * len(_SIZES) < _BUDGET else 1
+        rehearsals = rehearsals[: max(2, int(_BUDGET / (one * times * len(_SIZES))))]
         sizes = sorted({size for size in (*_SIZES, len(rehearsals)) if size <= len(rehearsals)})
-        same = all(_same(rehearsals[:size]) for size in (2, len(rehearsals)))
-        if not same:
+        if not _same(rehearsals):
             return Decision(1, same=False)
         seconds: dict[int, list[float]] = {size: [] for size in (1, *sizes)}
-        for _ in range(_TIMES):
+        for _ in range(times):
             for size, found in seconds.items():
                 found.append(_seconds(rehearsals, size))
     except CannotShareError as error:
