@@ -27,7 +27,9 @@ def sweep(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for all runs.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the sweep (default: sweeps/NAME-DIGEST).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
-    parallel: Annotated[int, typer.Option(min=0, help="Processes, each with a run at a time; 0: one a core.")] = 0,
+    parallel: Annotated[
+        int, typer.Option(min=0, help="Processes, each with a run at a time; 0: one a GPU or core.")
+    ] = 0,
     skip_refused: Annotated[bool, typer.Option("--skip-refused", help="Leave out points that cannot run.")] = False,
     engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "inprocess",
     threads: Annotated[int, typer.Option(help="Threads of each process; 0: cores divided by processes.")] = 0,

@@ -23,6 +23,7 @@ _PATIENCE = 5.0
 
 @dataclass
 class _Worker:
+    number: int
     process: SpawnProcess
     tasks: Connection
     at: int | None = None
@@ -35,20 +36,22 @@ def run_in_processes(
     place: Path,
     begun: Callable[[int], None],
     ended: Callable[[int, str], None],
+    gpus: int = 0,
 ) -> None:
-    """Carry out ``runs`` in ``processes`` processes, each run in its folder.
+    """Carry out ``runs`` in ``processes`` processes, each run in its folder; of several ``gpus`` each process has one.
 
     ``begun(index)`` and ``ended(index, what went wrong)`` are called here. However this is left, no process stays.
     """
     todo = list(enumerate(runs))[::-1]
 
-    def start() -> _Worker:
+    def start(number: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=serve, args=(theirs, str(place), asdict(execution), processes))
-        with _threads(execution.threads), _undisturbed():
+        sharing = -(-processes // max(1, gpus))
+        process = _SPAWN.Process(target=serve, args=(theirs, str(place), asdict(execution), sharing))
+        with surroundings(execution.threads, number % gpus if gpus > 1 else None), _undisturbed():
             process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(number, process, ours)
 
     def give(worker: _Worker) -> None:
         worker.at = None
@@ -60,8 +63,8 @@ def run_in_processes(
 
     workers: list[_Worker] = []
     try:
-        for _ in range(min(processes, len(runs))):
-            workers.append(start())
+        for number in range(min(processes, len(runs))):
+            workers.append(start(number))
             give(workers[-1])
         while busy := [worker for worker in workers if worker.at is not None]:
             ready = wait([worker.tasks for worker in busy])
@@ -75,7 +78,7 @@ def run_in_processes(
                     ended(index, _died(worker.process.exitcode))  # type: ignore[arg-type]
                     workers.remove(worker)
                     if todo:
-                        workers.append(start())
+                        workers.append(start(worker.number))
                         give(workers[-1])
     finally:
         for worker in workers:
@@ -109,11 +112,14 @@ def _died(code: int | None) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Have a process that starts now compute with ``count`` threads; its libraries read this once."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(count)))
+def surroundings(threads: int, gpu: int | None) -> Iterator[None]:
+    """Have a process that starts now compute with so many threads, and see one GPU: its libraries read this once."""
+    wanted = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

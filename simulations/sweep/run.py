@@ -6,10 +6,12 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ...client.resident import forget_all
 from ...core.errors import UserError
@@ -61,8 +63,8 @@ def run_sweep(
     """Carry out the runs of ``sweep`` that ``folder`` does not hold finished, and write its results there.
 
     A run that was begun goes on from its last checkpoint; one that failed is tried again. ``parallel``: processes, each
-    of which carries out one run after another; 0: one a core. Raises :class:`UserError` when ``folder`` holds another
-    sweep, or another process is at this one.
+    of which carries out one run after another; 0: one a GPU, or one a core. Raises :class:`UserError` when ``folder``
+    holds another sweep, or another process is at this one.
     """
     with _locked(folder):
         if (folder / FILE).exists():
@@ -70,7 +72,8 @@ def run_sweep(
         sweep.write(folder)
         places = {run.name: folder.absolute() / "runs" / run.name for run in sweep.runs}
         todo = [run for run in sweep.runs if not run.refused and not finished(places[run.name], run.config)]
-        processes = _processes(parallel, len(todo), execution)
+        gpus = _gpus(todo)
+        processes = _processes(parallel, len(todo), execution, gpus)
         if processes > 1 and not execution.threads:
             execution = replace(execution, threads=max(1, cores() // processes))
         watch.started(sum(not run.refused for run in sweep.runs), len(todo), processes)
@@ -87,39 +90,35 @@ def run_sweep(
                 Results.gather(sweep, folder.absolute(), failed).write(folder)
                 written = time.monotonic()
 
-        _carry_out(todo, places, processes, execution, folder, watch, ended)
+        if processes > 1:
+            forget_all()  # what the checks loaded, the processes load for themselves
+            jobs = [(run.config, places[run.name]) for run in todo]
+
+            def begun(index: int) -> None:
+                watch.begun(todo[index].name)
+
+            run_in_processes(jobs, processes, execution, folder.absolute(), begun, ended, gpus)
+        else:
+            for index, run in enumerate(todo):
+                watch.begun(run.name)
+                ended(index, carry_out(run.config, places[run.name], execution))
         results = Results.gather(sweep, folder.absolute(), failed)
         results.write(folder)
         page.write(results, folder)
         return Outcome(results, folder, len(todo))
 
 
-def _carry_out(
-    todo: Sequence[Planned],
-    places: dict[str, Path],
-    processes: int,
-    execution: Execution,
-    folder: Path,
-    watch: Watching,
-    ended: Callable[[int, str], None],
-) -> None:
-    if processes > 1:
-        forget_all()  # what the checks loaded, the processes load for themselves
-        jobs = [(run.config, places[run.name]) for run in todo]
-        run_in_processes(
-            jobs, processes, execution, folder.absolute(), lambda index: watch.begun(todo[index].name), ended
-        )
-        return
-    for index, run in enumerate(todo):
-        watch.begun(run.name)
-        ended(index, carry_out(run.config, places[run.name], execution))
+def _gpus(runs: Sequence[Planned]) -> int:
+    """GPUs that the runs may be spread over; 0 where one of them computes elsewhere, or on one that it names."""
+    spread = all(run.config.train.device in ("auto", "cuda") for run in runs)
+    return torch.cuda.device_count() if spread else 0
 
 
-def _processes(parallel: int, runs: int, execution: Execution) -> int:
+def _processes(parallel: int, runs: int, execution: Execution, gpus: int) -> int:
     if parallel < 0:
-        raise UserError(f"--parallel {parallel} is negative; 0 takes a process a core")
+        raise UserError(f"--parallel {parallel} is negative; 0 lets the machine decide")
     # The other engines take several processes for each run.
-    most = parallel or (cores() if execution.engine == "inprocess" else 1)
+    most = parallel or ((gpus or cores()) if execution.engine == "inprocess" else 1)
     return max(1, min(most, runs))
 
 

@@ -25,7 +25,7 @@ from fedgraft.simulations.sweep import worker
 from fedgraft.simulations.sweep.grid import Axis
 from fedgraft.simulations.sweep.interrupted import lost_nothing_paid
 from fedgraft.simulations.sweep.plan import Sweep, make
-from fedgraft.simulations.sweep.pool import run_in_processes
+from fedgraft.simulations.sweep.pool import run_in_processes, surroundings
 from fedgraft.simulations.sweep.run import Outcome, carry_on, run_sweep
 from fedgraft.simulations.sweep.watching import Watching
 
@@ -224,20 +224,34 @@ def test_the_same_command_comes_back_to_the_same_folder(planned: Sweep, short: C
 
 
 @pytest.mark.parametrize(
-    ("parallel", "runs", "engine", "processes"),
+    ("parallel", "runs", "engine", "gpus", "processes"),
     [
-        (0, 8, "inprocess", 4),
-        (0, 3, "inprocess", 3),
-        (6, 8, "inprocess", 6),
-        (0, 8, "workers", 1),
-        (2, 8, "workers", 2),
+        (0, 8, "inprocess", 0, 4),
+        (0, 3, "inprocess", 0, 3),
+        (6, 8, "inprocess", 0, 6),
+        (0, 8, "inprocess", 2, 2),
+        (0, 8, "auto", 0, 1),
+        (2, 8, "workers", 0, 2),
     ],
 )
-def test_there_are_as_many_processes_as_cores_unless_runs_are_fewer(
-    monkeypatch: pytest.MonkeyPatch, parallel: int, runs: int, engine: Any, processes: int
+def test_there_is_a_process_for_each_gpu_or_core_unless_runs_are_fewer(
+    monkeypatch: pytest.MonkeyPatch, parallel: int, runs: int, engine: Any, gpus: int, processes: int
 ):
     monkeypatch.setattr(sweeps, "cores", lambda: 4)
-    assert sweeps._processes(parallel, runs, Execution(engine)) == processes
+    assert sweeps._processes(parallel, runs, Execution(engine), gpus) == processes
+
+
+def test_a_process_starts_with_its_threads_and_its_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with surroundings(2, 1):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("2", "1")
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with surroundings(2, 1):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    with surroundings(2, None):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
 def _children() -> list[psutil.Process]:
