@@ -21,6 +21,7 @@ from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.progress import Watch
 from fedgraft.core.update import PrivacyStatement
+from fedgraft.core.wire import FAULTS
 from fedgraft.privacy import Ledger
 from fedgraft.privacy import epsilon as epsilon_of
 from fedgraft.simulations.engines import inprocess
@@ -342,7 +343,10 @@ def test_a_failing_site_is_named_and_the_others_go_on(
     assert f"round 2: south is missing: {reason.removeprefix('south: ')}" in notes.texts
     assert result["status"] == "finished"
     assert result["sites"]["south"]["rounds"] == 2
-    assert "south answered in 2 of 3 rounds" in result["warnings"]
+    fault = "crashed" if name == "its process dies" else "refused"
+    assert two["faults"] == {"south": fault}
+    assert result["sites"]["south"]["missed"] == {kind: int(kind == fault) for kind in FAULTS}
+    assert f"south answered in 2 of 3 rounds (1 {fault})" in result["warnings"]
     # It had no part in round 2, whatever it sent, and all of its part in round 3.
     assert result["digest"] == without_south != finished[1]["digest"]
     # An exception may quote a record: it stays at the site.
