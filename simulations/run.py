@@ -97,13 +97,11 @@ def _run(
 ) -> dict[str, Any]:
     data = site_data(config)
     choice = choose(execution, config, data, before)
-    if execution.engine == "auto":
-        watch.note(choice.line)
     if choice.engine == "flower":
         return run_flower(config, output, threads=choice.threads, resume=resume, watch=watch)
     told = choice.told()
     onlooker = Simulator(config, told)
-    watch = _Remembering(watch, told)
+    watch = _Remembering(watch, told, choice.line if execution.engine == "auto" else "")
     with (
         timed(watch, output, choice) if execution.profile else nullcontext(watch) as watch,
         threads(choice.threads),
@@ -115,11 +113,20 @@ def _run(
 
 
 class _Remembering(Passing):
-    """Has run.json say where fewer examples passed at a time than the configuration asks for, and what was measured."""
+    """Has run.json say where fewer examples passed at a time than the configuration asks for, and what was measured.
 
-    def __init__(self, watch: Watch, told: dict[str, Any]) -> None:
+    ``chosen``: what the run is computed on and why, for people, once nothing is left that may refuse the run.
+    """
+
+    def __init__(self, watch: Watch, told: dict[str, Any], chosen: str) -> None:
         super().__init__(watch)
         self._told = told
+        self._chosen = chosen
+
+    def run_started(self, *, first_round: int, rounds: int, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        super().run_started(first_round=first_round, rounds=rounds, sites=sites)
+        if self._chosen:
+            self.note(self._chosen)
 
     def cohort_found(self, size: int, text: str) -> None:
         self._told |= {"cohort": size, "cohort_why": text}

@@ -98,7 +98,9 @@ def test_a_run_prints_one_table_and_its_paths(
     assert f"report   {tmp_path}/run/report.html" in said.out
     assert "warning: differential privacy was switched off" in said.out
     # Where there is no terminal, progress is one line for each training and evaluation, on standard error.
-    assert [line.split()[2] for line in said.err.splitlines()] == ["evaluate", "train", "evaluate"]
+    chosen, *progress = said.err.splitlines()
+    assert chosen.startswith("engine inprocess, ")
+    assert [line.split()[2] for line in progress] == ["evaluate", "train", "evaluate"]
     assert "loss" in said.err
 
 
@@ -112,7 +114,7 @@ def test_a_private_run_shows_epsilon_and_patients(
     assert "patients" in said.out
     assert f"≤ {max(site['epsilon'] for site in run['sites'].values()):.2f}" in said.out
     assert "warning" not in said.out
-    train = said.err.splitlines()[1]
+    train = said.err.splitlines()[2]
     assert "ε ≤ " in train
     assert "loss" not in train
 
@@ -268,7 +270,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "key in an override": ({}, ["--set", "privacy.epsilom=1"], "did you mean `privacy.epsilon`?"),
     "override without a value": ({}, ["--set", "rounds"], "--set rounds: write it as key=value"),
     "value of another kind": ({}, ["--set", "rounds=many"], "`rounds`: Input should be a valid integer"),
-    "no rounds": ({"rounds": 0}, [], "`rounds`: Input should be greater than or equal to 1"),
+    "no rounds": ({"rounds": -1}, [], "`rounds`: Input should be greater than or equal to 0"),
     "engine": ({}, ["--engine", "ray"], "unknown engine `ray`; there are auto, inprocess, workers, flower"),
     "source of data": ({"data.source": "icd11"}, [], "data.source `icd11` is unknown; there are digits, files, icd10"),
     "no data": ({"data.path": "nowhere.csv"}, [], "nowhere.csv: no such file"),
@@ -448,7 +450,7 @@ def test_an_image_that_cannot_be_read_is_told_to_whoever_simulates(
     assert (said.code, said.out) == (2, "")
     assert "images/dark/1.png: not an image that can be read" in said.err
     last = said.err.splitlines()[-1]
-    assert last.startswith("fedgraft: round 1: 0 of 1 sites answered, the quorum is 1 (north: its data cannot be used;")
+    assert last.startswith("fedgraft: site north: its data cannot be used;")
     assert "Traceback" not in said.err
 
 
