@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -148,13 +148,18 @@ def read_profile(folder: Path) -> dict[str, Any] | None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All whole lines of the metrics.jsonl in ``folder``; one that a crash cut off is left out."""
+    return list(each_metric(folder))
+
+
+def each_metric(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of :func:`read_metrics` one by one: those of thousands of sites are long."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+        return
+    with path.open("rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            yield line

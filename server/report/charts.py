@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 
 Points = Mapping[int, float]
 """A value by round."""
+
+Spreads = Mapping[int, Sequence[float]]
+"""Least, lower quartile, median, upper quartile and largest value of all sites by round."""
+_NONE: Spreads = {}
 
 COLOURED_SITES = 8
 """With more sites than these colours could tell apart, every site is a thin grey line."""
@@ -30,6 +34,9 @@ STAND_INS = {
     **{f"#0505{index:02x}": f"var(--s{index})" for index in range(COLOURED_SITES)},
 }
 INK, MUTED, RULE, BAD, *SERIES = STAND_INS
+#: How very many sites spread is shaded in this.
+SPREAD_COLOUR = SERIES[0]
+SPREAD = STAND_INS[SPREAD_COLOUR]
 
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
@@ -71,28 +78,37 @@ def byte_text(count: float) -> str:
     return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
-def accuracy_chart(overall: Points, sites: Mapping[str, Points]) -> str:
-    """Accuracy by round: every site, and over them in bold the whole federation."""
+def accuracy_chart(overall: Points, sites: Mapping[str, Points], spreads: Spreads = _NONE) -> str:
+    """Accuracy by round: every site, or how very many spread, and over them in bold the whole federation."""
     with drawing("accuracy"):
-        figure, axes = canvas(WIDE, [overall, *sites.values()])
+        largest = {number: quartiles[-1] for number, quartiles in spreads.items()}
+        figure, axes = canvas(WIDE, [overall, largest, *sites.values()])
         _site_lines(axes, sites)
+        _bands(axes, spreads)
         if overall:
             _bold(axes, overall, f"{overall[max(overall)]:.1%}".replace("%", " %"))
-        highest = max((value for points in (overall, *sites.values()) for value in points.values()), default=0.0)
+        highest = max(
+            (value for points in (overall, largest, *sites.values()) for value in points.values()), default=0.0
+        )
         axes.set_ylim(0, min(highest * 1.08, 1.02) or 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         return inline(figure)
 
 
-def epsilon_chart(sites: Mapping[str, Points], budget: float | None, label: str) -> str:
-    """Epsilon spent by round at every site, and the budget. ``label`` is written at the end of the highest line."""
+def epsilon_chart(sites: Mapping[str, Points], budget: float | None, label: str, spreads: Spreads = _NONE) -> str:
+    """Epsilon spent by round at every site, or how very many spread, and the budget.
+
+    ``label`` is written at the end of the highest line.
+    """
     with drawing("epsilon"):
-        figure, axes = canvas(HALF, sites.values())
-        _site_lines(axes, sites)
         rounds = {number for points in sites.values() for number in points}
         largest = {number: max(points[number] for points in sites.values() if number in points) for number in rounds}
+        largest |= {number: spreads[number][-1] for number in sorted(spreads)}
+        figure, axes = canvas(HALF, [largest])
+        _site_lines(axes, sites)
+        _bands(axes, spreads)
         if largest:
-            if len(sites) > COLOURED_SITES:
+            if spreads or len(sites) > COLOURED_SITES:
                 _bold(axes, largest, label)
             else:
                 _end_label(axes, largest, label)
@@ -198,6 +214,17 @@ def _site_lines(axes: Axes, sites: Mapping[str, Points]) -> None:
             marker="o" if not many or len(points) == 1 else "",
             markersize=2.0 if many else _marker_size(len(points)),
         )
+
+
+def _bands(axes: Axes, spreads: Spreads) -> None:
+    """From the least to the largest, and darker the half in the middle."""
+    rounds = sorted(spreads)
+    for lower, upper, opacity, width in ((0, 4, 0.2, 1.5), (1, 3, 0.35, 5.0)):
+        low, high = ([spreads[number][at] for number in rounds] for at in (lower, upper))
+        if len(rounds) > 1:
+            axes.fill_between(rounds, low, high, color=SPREAD_COLOUR, alpha=opacity, linewidth=0)
+        elif rounds:
+            axes.vlines(rounds, low, high, color=SPREAD_COLOUR, alpha=opacity, linewidth=width)
 
 
 def _bold(axes: Axes, points: Points, label: str) -> None:

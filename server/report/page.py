@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from . import charts, faults
 from . import elements as el
 from .central import central
 from .promise import SEEDED, promise
-from .record import Record, read_record
+from .record import Record, read_record, told_accuracy, told_epsilon
+from .sites import KEPT, sites, some, swatch
 from .times import times
 
+#: More characters of a setting are not shown.
+_LONGEST = 4_000
 NO_PRIVACY = "No differential privacy"
-KEPT = "kept at the sites"
 
 
 def write_report(rundir: Path) -> Path:
@@ -38,7 +40,7 @@ def render(record: Record) -> str:
         _header(record, name),
         el.section("Warnings", _warnings(record)),
         el.section("Course of the run", _charts(record)),
-        el.section("Sites", _sites(record)),
+        el.section("Sites", sites(record)),
         el.section("What is promised", promise(record) + central(record)),
         el.section("Missing sites", faults.counts(record) + _missing(record)),
         el.section("Virtual time", faults.virtual_time(record)),
@@ -81,7 +83,7 @@ def _banners(record: Record) -> Iterator[str]:
         )
     bare = [name for name, told in record.privacy.items() if not told.get("enabled")]
     if bare:
-        yield el.banner(f"{NO_PRIVACY} at {el.plural(len(bare), 'site')}:", el.text(", ".join(bare)))
+        yield el.banner(f"{NO_PRIVACY} at {el.plural(len(bare), 'site')}:", some(bare))
     budget = record.config("privacy").get("epsilon")
     worst = record.worst
     if worst and budget is not None and worst["epsilon"] > budget * (1 + 1e-6):
@@ -198,17 +200,17 @@ def _charts(record: Record) -> str:
     return f'{_site_key(record)}<div class="charts">{_accuracy(record)}{_privacy(record)}{_traffic(record)}</div>'
 
 
-def _swatch(index: int, count: int) -> str:
-    return f'<i style="background:{charts.site_colour(index, count)}"></i>'
-
-
 def _site_key(record: Record) -> str:
     count = len(record.sites)
+    if record.many:
+        shade = f'<i style="background:{charts.SPREAD};opacity:'
+        dark, light = f'{shade}.5"></i>', f'{shade}.2"></i>'
+        return f'<p class="legend"><span>{dark}half of the {count:,} sites</span><span>{light}all of them</span></p>'
     if count > charts.COLOURED_SITES:
-        return f'<p class="legend"><span>{_swatch(0, count)}each of the {count} sites</span></p>'
+        return f'<p class="legend"><span>{swatch(0, count)}each of the {count} sites</span></p>'
     return (
         '<p class="legend">'
-        + "".join(f"<span>{_swatch(index, count)}{el.text(name)}</span>" for index, name in enumerate(record.sites))
+        + "".join(f"<span>{swatch(index, count)}{el.text(name)}</span>" for index, name in enumerate(record.sites))
         + "</p>"
     )
 
@@ -217,55 +219,61 @@ def _accuracy(record: Record) -> str:
     title = "Accuracy by round"
     lines = record.by_round("evaluate")
     overall = {number: line["accuracy"] for number, line in lines.items() if line.get("accuracy") is not None}
-    sites = {name: dict(_site_accuracy(lines, name)) for name in record.sites}
-    if not overall and not any(sites.values()):
+    by_site = {} if record.many else {name: _accuracies(lines, name) for name in record.sites}
+    spreads = _spreads(lines, "accuracies")
+    if not overall and not spreads and not any(by_site.values()):
         why = f"Accuracy was {_no_accuracy(record)}" + ("; nothing was released." if record.releases_nothing else ".")
         return el.no_figure(title, why, "wide")
     caption = (
         "On held-out data. Bold: all sites together, every held-out example counted once. Round 0: before training."
     )
-    return el.figure(charts.accuracy_chart(overall, sites), title, caption, "wide")
+    return el.figure(charts.accuracy_chart(overall, by_site, spreads), title, caption, "wide")
 
 
-def _site_accuracy(lines: Mapping[int, Mapping[str, Any]], name: str) -> Iterator[tuple[int, float]]:
-    for number, line in lines.items():
-        counts = (line.get("sites") or {}).get(name) or {}
-        if counts.get("correct") is not None and counts.get("examples"):
-            yield number, counts["correct"] / counts["examples"]
+def _accuracies(lines: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    told = {number: told_accuracy((line.get("sites") or {}).get(name) or {}) for number, line in lines.items()}
+    return {number: value for number, value in told.items() if value is not None}
 
 
 def _privacy(record: Record) -> str:
     title = "ε spent by round"
     if not record.private:
         return f'<figure class="chart"><h3>{title}</h3>{el.banner(f"{NO_PRIVACY}.", "There is no ε to draw.")}</figure>'
-    sites = {name: _epsilon_points(record, name) for name in record.sites}
-    if not any(sites.values()):
+    lines = record.by_round("train")
+    by_site = {} if record.many else {name: _epsilon_points(record, lines, name) for name in record.sites}
+    spreads = _spreads(lines, "epsilons")
+    if spreads:
+        spreads[0] = (0.0,) * 5
+    if not spreads and not any(by_site.values()):
         return el.no_figure(title, "No noisy step was reported.")
     worst = record.worst
+    if spreads and worst and math.isfinite(worst["epsilon"]):
+        # Lost rounds, which only the final statement counts.
+        *others, largest = spreads[max(spreads)]
+        spreads[max(spreads)] = (*others, max(largest, worst["epsilon"]))
     svg = charts.epsilon_chart(
-        sites, record.config("privacy").get("epsilon"), el.epsilon(worst["epsilon"]) if worst else ""
+        by_site, record.config("privacy").get("epsilon"), el.epsilon(worst["epsilon"]) if worst else "", spreads
     )
-    bold = " Bold: the largest." if len(sites) > charts.COLOURED_SITES else ""
+    bold = " Bold: the largest." if len(record.sites) > charts.COLOURED_SITES else ""
     delta = f" at δ = {el.number(worst.get('delta'), 'g')}" if worst else ""
     seeded = " Nominal: the noise was seeded." if record.seeded else ""
     return el.figure(svg, title, f"By site{delta}, for each {el.text(record.unit)}; dashed: the budget.{bold}{seeded}")
 
 
-def _told_epsilon(answer: Mapping[str, Any]) -> float | None:
-    """The epsilon in a site's answer to a round, which holds it by itself or in the whole privacy statement."""
-    value = answer.get("epsilon", (answer.get("privacy") or {}).get("epsilon"))
-    return None if value is None else float(value)
+def _spreads(lines: Mapping[int, Mapping[str, Any]], key: str) -> dict[int, Sequence[float]]:
+    """How very many sites spread, by round."""
+    return {number: line[key] for number, line in lines.items() if line.get(key)}
 
 
-def _epsilon_points(record: Record, name: str) -> dict[int, float]:
+def _epsilon_points(record: Record, lines: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
     """Epsilon by round from nothing before the first.
 
     The last point never shows less than the final statement, which also counts lost rounds.
     """
     points = {
         number: value
-        for number, line in record.by_round("train").items()
-        if (value := _told_epsilon((line.get("sites") or {}).get(name) or {})) is not None and math.isfinite(value)
+        for number, line in lines.items()
+        if (value := told_epsilon((line.get("sites") or {}).get(name) or {})) is not None
     }
     final = record.privacy.get(name, {}).get("epsilon")
     if points and final is not None and math.isfinite(final):
@@ -286,10 +294,9 @@ def _traffic(record: Record) -> str:
     if not up:
         return el.no_figure(title, "No round of training was recorded.")
     whole = record.run.get("bytes_full_model") or 0
-    full = {number: float(whole * len(line.get("sites") or {})) for number, line in train.items()}
+    full = {number: float(whole * line.get("answered", len(line.get("sites") or {}))) for number, line in train.items()}
     ways = "".join(
-        f"<span>{_swatch(index, 2)}{way}</span>"
-        for index, way in enumerate(("up, to the server", "down, to the sites"))
+        f"<span>{swatch(index, 2)}{way}</span>" for index, way in enumerate(("up, to the server", "down, to the sites"))
     )
     run = record.run
     return el.figure(
@@ -298,58 +305,6 @@ def _traffic(record: Record) -> str:
         f'<span class="legend">{ways}</span> Logarithmic. Dashed: the whole model from each site that answered; '
         f"the arrow: down to the busier way. In all, {el.bytes(run.get('bytes_up'))} up and "
         f"{el.bytes(run.get('bytes_down'))} down.",
-    )
-
-
-_SITE_HEAD = (
-    *("site", "records", "units", "held out", "accuracy before", "accuracy after"),
-    *("ε", "δ", "unit", "noise multiplier", "sampling rate", "noisy steps", "rounds answered"),
-)
-
-
-def _sites(record: Record) -> str:
-    if not record.sites:
-        return "<p>No site had joined.</p>"
-    rounds = record.run.get("rounds") or 0
-    count = len(record.sites)
-    rows = [
-        _site_row(record, name, _swatch(index, count) if count <= charts.COLOURED_SITES else "", rounds)
-        for index, name in enumerate(record.sites)
-    ]
-    seeded = " ε in red: its noise was seeded, so nothing is protected." if record.seeded else ""
-    kept = f" Accuracy was {KEPT}." if record.releases_nothing else ""
-    return (
-        el.table(_SITE_HEAD, rows, "sites")
-        + '<p class="note">ε is rounded up. The noise multiplier is the standard deviation of the noise over the '
-        f"clipping bound; the sampling rate is the chance of a unit to be in a step.{seeded}{kept}</p>"
-    )
-
-
-def _site_row(record: Record, name: str, swatch: str, rounds: int) -> tuple[str, ...]:
-    site = record.sites[name]
-    told = record.privacy.get(name, {})
-    privacy: tuple[str, ...] = ('<b class="bad">none</b>' if told or not record.private else "–", *["–"] * 5)
-    before, after = (
-        "kept" if record.releases_nothing and site.get(key) is None else el.percent(site.get(key))
-        for key in ("accuracy_before", "accuracy")
-    )
-    if told.get("enabled"):
-        epsilon = el.epsilon(told.get("epsilon"))
-        privacy = (
-            epsilon if told.get("private_noise", True) else f'<b class="bad">{epsilon}</b>',
-            el.number(told.get("delta"), "g"),
-            el.text(told.get("unit", "–")),
-            el.number(told.get("noise_multiplier"), ".3f"),
-            el.number(told.get("sampling_rate"), ".4f"),
-            el.number(told.get("steps")),
-        )
-    return (
-        f"{swatch}{el.text(name)}",
-        *(el.number(site.get(key)) for key in ("records", "units", "held_out")),
-        before,
-        after,
-        *privacy,
-        f"{el.number(site.get('rounds'))} of {rounds}",
     )
 
 
@@ -366,18 +321,24 @@ def _missing_rows(line: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for site, reason in sorted((line.get("missing") or {}).items()):
         sites_by_reason.setdefault(str(reason).removeprefix(f"{site}: "), []).append(site)
     kind = {"train": "training", "evaluate": "evaluation"}.get(line.get("kind", ""), el.text(line.get("kind", "")))
-    for reason, sites in sites_by_reason.items():
-        names = el.text(", ".join(sites))
-        yield str(line["round"]), kind, f"{len(sites)} sites: {names}" if len(sites) > 3 else names, el.text(reason)
+    for reason, affected in sites_by_reason.items():
+        names = some(affected)
+        shown = f"{len(affected)} sites: {names}" if len(affected) > 3 else names
+        yield str(line["round"]), kind, shown, el.text(reason)
 
 
 def _configuration(record: Record) -> str:
     rows = [
-        (f"<code>{el.text(key)}</code>", f"<code>{el.text(json.dumps(value, ensure_ascii=False))}</code>")
+        (f"<code>{el.text(key)}</code>", f"<code>{el.text(_cut(json.dumps(value, ensure_ascii=False)))}</code>")
         for key, value in _flat(record.run.get("config") or {})
     ]
     summary = f"<summary>All {len(rows)} settings, defaults included</summary>"
     return f"<details>{summary}{el.table(('setting', 'value'), rows, 'plain')}</details>" if rows else ""
+
+
+def _cut(value: str) -> str:
+    """``value``, or the beginning of a very long one: the entries of thousands of sites are in run.json."""
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]} … ({len(value):,} characters, see run.json)"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..rundir import read_metrics, read_profile, read_run
+import numpy as np
+
+from ..rundir import each_metric, read_profile, read_run
+
+#: More sites than these are neither listed nor drawn one by one.
+MANY = 200
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,11 @@ class Record:
     run: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
     profile: Mapping[str, Any] | None = None
+
+    @property
+    def many(self) -> bool:
+        """Whether there are too many sites to list and draw: then ``lines`` tell how they spread."""
+        return len(self.sites) > MANY
 
     @property
     def sites(self) -> Mapping[str, Mapping[str, Any]]:
@@ -74,8 +85,44 @@ class Record:
 def read_record(rundir: Path) -> Record:
     """Read a run directory. Raises ``UserError`` when ``run.json`` is missing, broken or of another schema."""
     run = read_run(rundir)
-    lines = [line for line in read_metrics(rundir) if isinstance(line, dict) and isinstance(line.get("round"), int)]
+    many = len(run.get("sites") or {}) > MANY
+    lines = [
+        _condensed(line) if many else line
+        for line in each_metric(rundir)
+        if isinstance(line, dict) and isinstance(line.get("round"), int)
+    ]
     return Record(run, lines, read_profile(rundir))
+
+
+def told_epsilon(answer: Mapping[str, Any]) -> float | None:
+    """The epsilon in a site's answer to a round, which holds it by itself or in the whole privacy statement."""
+    value = answer.get("epsilon", (answer.get("privacy") or {}).get("epsilon"))
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def told_accuracy(answer: Mapping[str, Any]) -> float | None:
+    """The share of its held-out examples that a site's adapter got right."""
+    if answer.get("correct") is None or not answer.get("examples"):
+        return None
+    return answer["correct"] / answer["examples"]
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, ...]:
+    """Least, lower quartile, median, upper quartile and largest of ``values`` that are there; empty where none is."""
+    there = [value for value in values if value is not None]
+    return tuple(np.quantile(there, (0, 0.25, 0.5, 0.75, 1)).tolist()) if there else ()
+
+
+def _condensed(line: Mapping[str, Any]) -> dict[str, Any]:
+    """``line`` with how its sites spread in place of what each of them said."""
+    sites = line.get("sites") or {}
+    return {
+        **line,
+        "sites": {},
+        "answered": len(sites),
+        "accuracies": spread(map(told_accuracy, sites.values())),
+        "epsilons": spread(map(told_epsilon, sites.values())),
+    }
 
 
 # Values in words. What these return is safe inside HTML.

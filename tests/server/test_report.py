@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -429,6 +430,50 @@ def test_two_hundred_sites(tmp_path: Path) -> None:
     assert "var(--s3)" not in "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert '<div class="box" tabindex="0"><table class="sites">' in page
     assert len(page) < 3_000_000
+
+
+def quantile(values: list[float], share: float) -> float:
+    """On the straight line between the two neighbours of that rank."""
+    ordered, place = sorted(values), share * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def test_thousands_of_sites_are_summed_up_and_the_worst_are_listed(tmp_path: Path) -> None:
+    names = tuple(f"clinic-{index:04}" for index in range(1000))
+    folder = make_run(tmp_path, sites=names)
+    draw = random.Random(3)
+    scores = {name: draw.random() for name in names}
+    counts = {name: draw.randrange(10, 500) for name in names}
+
+    def change(run: dict[str, Any]) -> None:
+        for name in names:
+            run["sites"][name] |= {"accuracy": scores[name], "records": counts[name]}
+
+    edit_run(folder, change)
+    lost = training(4, names, True) | {"missing": dict.fromkeys(names[100:300], "away")}
+    add_lines(folder, lost, evaluation(4, names, True))
+    page, shown = report(folder), plain(report(folder))
+    listed = set(re.findall(r"<td>(clinic-\d{4})</td>", page))
+    assert listed == set(sorted(names, key=lambda name: scores[name])[:50])
+    assert "50 of 1,000 sites, those with the lowest accuracy after the run" in shown
+    for row, share in (("least", 0.0), ("lower quartile", 0.25), ("median", 0.5), ("largest", 1.0)):
+        count, accuracy = (quantile(list(values), share) for values in (counts.values(), scores.values()))
+        assert re.search(rf"<b>{row}</b></td><td>{round(count):,}</td>.*?<td>{100 * accuracy:.1f}&nbsp;%</td>", page)
+    assert "200 sites: clinic-0100, clinic-0101, clinic-0102" in shown and "and 192 more" in shown
+    assert "half of the 1,000 sites" in shown and "see run.json" in shown
+    assert len(page) < 150_000
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert drawings.count("fill-opacity: 0.35") + drawings.count("opacity: 0.35") >= 2
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_thousands_of_sites_that_release_no_counts_or_promise_nothing(tmp_path: Path, private: bool) -> None:
+    names = tuple(f"clinic-{index:04}" for index in range(300))
+    shown = plain(report(make_run(tmp_path, sites=names, release="none", private=private, rounds=1)))
+    which = "those with the largest ε" if private else "the first by name"
+    assert f"50 of 300 sites, {which}" in shown
 
 
 def test_missing_sites_by_round(tmp_path: Path) -> None:
