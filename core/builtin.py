@@ -69,7 +69,14 @@ def _tokenizer(around: str, **special: str) -> PreTrainedTokenizerFast:
 
 def _bert(folder: Path) -> None:
     config = transformers.BertConfig(vocab_size=len(_pieces()), max_position_embeddings=_POSITIONS, **_TEXT)
-    transformers.BertModel(config).save_pretrained(folder)
+    network = transformers.BertModel(config)
+    embeddings = network.embeddings
+    with torch.no_grad():
+        # [CLS] begins as nothing, so that it carries what the text says and not mostly itself.
+        embeddings.word_embeddings.weight[_pieces().index("[CLS]")] = 0
+        embeddings.position_embeddings.weight[0] = 0
+        embeddings.token_type_embeddings.weight.zero_()
+    network.save_pretrained(folder)
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     _tokenizer("[CLS] $A [SEP]", **special).save_pretrained(folder)
 
