@@ -72,11 +72,13 @@ def run_sweep(
         sweep.write(folder)
         places = {run.name: folder.absolute() / "runs" / run.name for run in sweep.runs}
         todo = [run for run in sweep.runs if not run.refused and not finished(places[run.name], run.config)]
-        gpus = _gpus(todo)
-        processes = _processes(parallel, len(todo), execution, gpus)
+        runnable, gpus = sum(not run.refused for run in sweep.runs), _gpus(sweep.runs)
+        processes = _processes(parallel, runnable, execution, gpus)
         if processes > 1 and not execution.threads:
+            # Of all runs, however few are left: the number of threads is part of what fixes a result's last bits.
             execution = replace(execution, threads=max(1, cores() // processes))
-        watch.started(sum(not run.refused for run in sweep.runs), len(todo), processes)
+        processes = min(processes, max(1, len(todo)))
+        watch.started(runnable, len(todo), processes)
         failed: dict[str, str] = {}
         written = time.monotonic()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgraft.client.prepared import prepare
+from fedgraft.client.prepared import encode
 from fedgraft.client.resident import resident
 from fedgraft.client.trainer import train
 from fedgraft.core.adapter import AdapterState
@@ -125,7 +125,7 @@ def test_central_takes_as_many_steps_with_the_batches_of_all_sites(tiny_federati
     model = resident(config)
     state = checkpoints._load(tmp_path / "central" / "checkpoints" / "round-0000").state
     model.adapter.write(state)
-    prepared = prepare(config, site_data(config)[POOLED], model, None, "any")
+    prepared = encode(config, site_data(config)[POOLED], model)
     for number in (1, 2):
         state = train(model, state, prepared.train, prepared.groups, config, site=POOLED, round=number, plan=None).state
     assert reached(tmp_path / "central") == state

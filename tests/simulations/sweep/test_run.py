@@ -241,6 +241,19 @@ def test_there_is_a_process_for_each_gpu_or_core_unless_runs_are_fewer(
     assert sweeps._processes(parallel, runs, Execution(engine), gpus) == processes
 
 
+def test_the_last_run_of_a_parallel_sweep_has_as_many_threads_as_the_others(
+    done: Outcome, planned: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sweeps, "cores", lambda: 4)
+    shutil.copytree(done.folder, tmp_path / "sweep")
+    last = tmp_path / "sweep" / "runs" / planned.runs[-1].name
+    shutil.rmtree(last)
+    seen = Seen()
+    run_sweep(planned, tmp_path / "sweep", parallel=2, watch=seen)
+    assert seen.start == (6, 1, 1)
+    assert json.loads((last / "run.json").read_text())["execution"]["threads"] == 2
+
+
 def test_a_process_starts_with_its_threads_and_its_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
