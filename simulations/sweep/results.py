@@ -87,7 +87,7 @@ def measured(folder: Path, run: Mapping[str, Any] | None) -> dict[str, Any]:
     sites = run["sites"].values()
     accuracies = [site["accuracy"] for site in sites if site["accuracy"] is not None]
     spent = [site["epsilon"] for site in sites if site["epsilon"] is not None]
-    one = len(sites) == 1 and bool(run["config"]["simulation"]["pooled"])
+    one = len(sites) == 1 and bool(run["config"].get("simulation", {}).get("pooled"))
     return {
         "accuracy_before": run["accuracy"]["before"],
         "accuracy": run["accuracy"]["after"],

@@ -98,6 +98,14 @@ def test_a_run_that_is_going_on_can_be_compared(runs: dict[str, Path], tmp_path:
         write(alone, tmp_path / "d.svg")
 
 
+def test_a_run_from_before_a_section_existed_can_be_compared(runs: dict[str, Path], tmp_path: Path):
+    config = json.loads((runs["strategy=ffa,seed=5"] / "run.json").read_text())["config"]
+    del config["simulation"]
+    old = changed(runs["strategy=ffa,seed=5"], tmp_path / "old", config=config)
+    found = Comparison.of([runs["strategy=ffa,seed=5"], old])
+    assert found.equal and found.runs[1].numbers == found.runs[0].numbers
+
+
 def test_why_a_run_failed_is_told(runs: dict[str, Path], tmp_path: Path):
     failed = changed(runs["strategy=ffa,seed=5"], tmp_path / "failed", status="failed", error="the roof fell in")
     assert "failed: failed: the roof fell in" in Comparison.of([runs["strategy=ffa,seed=5"], failed]).notes
