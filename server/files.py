@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,20 @@ def sync_file(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` at once. Raises :class:`UserError` when the disk is full or read-only."""
+    write_parts(path, [text])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for ``value`` as JSON, which is never in memory as a whole."""
+    write_parts(path, chain(json.JSONEncoder(indent=2).iterencode(value), "\n"))
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """The same for a text that comes in parts."""
     beside = path.with_name(f".{path.name}.new")
     try:
         with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -66,10 +77,6 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise cannot_write(path, error) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def cannot_write(path: Path, error: OSError | SafetensorError) -> UserError:

@@ -36,7 +36,7 @@ from .checkpoints import Checkpoint
 from .files import write_folder
 from .onlooker import NOBODY, Onlooker
 from .report import write_report
-from .rundir import RunDirectory, now
+from .rundir import RunDirectory, each_metric, now
 from .tally import Tally
 from .validation import make_score
 
@@ -218,7 +218,7 @@ class Federation:
             )
         self._rule.recall(self.checkpoint.memory)
         self.rundir.forget_metrics_after(self.checkpoint.round)
-        self._tally = Tally(self.rundir.read_metrics())
+        self._tally = Tally(each_metric(self.rundir.path))
         self._past_seconds = float(before.get("seconds", 0.0))
         again = {"at": now(), "from_round": self.checkpoint.round, "note": "; ".join(notes)}
         return {"run": before["run"], "started": before["started"], "resumed": [*before["resumed"], again]}

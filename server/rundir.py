@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import UserError
-from .files import cannot_write, write_json, write_text
+from .files import cannot_write, write_json, write_parts
 
 SCHEMA = 1
 
@@ -112,8 +112,8 @@ class RunDirectory:
 
     def forget_metrics_after(self, round: int) -> None:
         """Drop the lines of rounds after ``round``, which will be run again."""
-        kept = [line for line in self.read_metrics() if line["round"] <= round]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        kept = (line for line in each_metric(self.path) if line["round"] <= round)
+        write_parts(self.path / "metrics.jsonl", (json.dumps(line) + "\n" for line in kept))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
