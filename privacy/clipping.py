@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -26,6 +27,10 @@ __all__ = [
 ENGINES: dict[str, type[ClippedGradients]] = {"exact": ExactGradients, "opacus": OpacusGradients}
 
 
+#: Engines and trainables that were found to fit a model; whatever trains it is refused all the same where they do not.
+_fitting: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+
+
 def create_engine(name: str, model: nn.Module, trainables: Mapping[str, nn.Parameter], clip: float) -> ClippedGradients:
     """The engine that ``privacy.engine`` names. Raises :class:`UserError` where it could not be exact."""
     if name not in ENGINES:
@@ -35,4 +40,7 @@ def create_engine(name: str, model: nn.Module, trainables: Mapping[str, nn.Param
 
 def require_exact(model: nn.Module, trainables: Mapping[str, nn.Parameter], engine: str = "exact") -> None:
     """Raise :class:`UserError` that names the first trainable that ``engine`` cannot clip exactly."""
-    create_engine(engine, model, trainables, clip=1.0)
+    asked = (engine, *trainables)
+    if asked not in _fitting.setdefault(model, set()):
+        create_engine(engine, model, trainables, clip=1.0)
+        _fitting[model].add(asked)

@@ -534,6 +534,21 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> Non
         assert "\n" not in str(refusal.value)
 
 
+def test_a_ledger_that_has_answered_before_sees_what_others_wrote_and_what_was_changed_since(folder: Path) -> None:
+    reader = ledger(folder)
+    assert reader.events() == ()
+    first = ledger(folder).reserve(EVENTS[0], split="s")
+    assert reader.events() == EVENTS[:1] and reader.events() == EVENTS[:1]
+    ledger(folder, CHANGED).reserve(EVENTS[1], split="s")
+    assert reader.events() == EVENTS[:2]
+    ledger(folder).settle(first, 0, "failed")
+    assert reader.events() == ledger(folder).events() == EVENTS[1:2]
+    file = folder / f"{CHANGED[:16]}.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"part": "train"', b'"part": "other"'))
+    with pytest.raises(UserError, match="was changed or lost"):
+        reader.events()
+
+
 def test_a_folder_that_cannot_be_read_is_not_an_empty_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(folder)
 
