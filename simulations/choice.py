@@ -35,6 +35,8 @@ _RATE, _STEP = 30e9, 0.008
 _TRAIN, _EVALUATE = 6, 2
 #: Seconds of arithmetic, on one core, from which on several processes win more than their start costs.
 _WORTH = 90.0
+#: Seconds of a step below which a second thread does harm rather than good.
+_SMALL = 0.05
 #: Bytes that a worker needs beside its share of the base model.
 _WORKER_BYTES = 1e9
 #: The part of the memory that workers may have.
@@ -89,7 +91,8 @@ def choose(
     engine: Engine = execution.engine
     why = "asked for"
     if engine == "auto":
-        engine, count, why = _found(config, data, count)
+        engine, count, own, why = _found(config, data, count)
+        asked, pinned = asked or own, pinned or own
     if engine == "inprocess":
         return Choice(engine, 1, asked or torch.get_num_threads(), execution.cohort, why)
     return Choice(engine, count, pinned or max(1, cores() // torchrun.here(count)), execution.cohort, why)
@@ -100,29 +103,36 @@ def on_flower(threads: int) -> Choice:
     return Choice("flower", 0, threads or 1, 1, "asked for")
 
 
-def _found(config: RunConfig, data: Mapping[str, SiteData], most: int) -> tuple[Engine, int, str]:
-    """The engine, how many workers of ``most`` it has room for, and why."""
+def _found(config: RunConfig, data: Mapping[str, SiteData], most: int) -> tuple[Engine, int, int, str]:
+    """The engine, how many workers of ``most`` it has room for, threads (0: as always), and why."""
     if torchrun.ranks() > 1:
-        return "workers", most, f"torchrun has started {torchrun.ranks()} processes"
+        return "workers", most, 0, f"torchrun has started {torchrun.ranks()} processes"
     if len(config.site_names) == 1:
-        return "inprocess", 1, "there is one site"
+        return "inprocess", 1, 0, "there is one site"
     if (name := _ours_alone(config)) != "":
-        return "inprocess", 1, f"`{name}` is known to this process alone"
+        return "inprocess", 1, 0, f"`{name}` is known to this process alone"
     if (gpus := _gpus(config)) > 1:
-        return "workers", most, f"there are {gpus} GPUs"
+        return "workers", most, 0, f"there are {gpus} GPUs"
     if device_of(config.train.device).type != "cpu":
-        return "inprocess", 1, "there is one GPU"
+        return "inprocess", 1, 0, "there is one GPU"
     model = _model(config)
     if model is None:
-        return "inprocess", 1, f"what {config.model} takes to compute is not known"
+        return "inprocess", 1, 0, f"what {config.model} takes to compute is not known"
     room = int(_SHARE * psutil.virtual_memory().total / (_WORKER_BYTES + 4 * model.parameters))
     if min(most, room) < 2:
-        return "inprocess", 1, "there is one core" if room > 1 else "there is memory for one base model"
-    seconds = arithmetic(config, data, model)
+        return (
+            "inprocess",
+            1,
+            0,
+            "there are cores for one process" if room > 1 else "there is memory for one base model",
+        )
+    seconds, steps = arithmetic(config, data, model)
     told = f"about {seconds / 60:.0f} min" if seconds > 120 else f"about {seconds:.0f} s"
     if seconds < _WORTH:
-        return "inprocess", 1, f"{told} of arithmetic for one core are not worth more processes"
-    return "workers", min(most, room), f"{told} of arithmetic for one core, and there are {cores()}"
+        # Threads of a small step wait for each other more than they compute.
+        own = 1 if seconds < steps * _SMALL else 0
+        return "inprocess", 1, own, f"{told} of arithmetic for one core are not worth more processes"
+    return "workers", min(most, room), 0, f"{told} of arithmetic for one core, and there are {cores()}"
 
 
 def cores() -> int:
@@ -178,8 +188,8 @@ def _model(config: RunConfig) -> Model | None:
     return Model(layers * (4 * width * width + 2 * width * int(inner)), side * side)
 
 
-def arithmetic(config: RunConfig, data: Mapping[str, SiteData], model: Model) -> float:
-    """Seconds that the run's trainings and evaluations would take one core, roughly."""
+def arithmetic(config: RunConfig, data: Mapping[str, SiteData], model: Model) -> tuple[float, float]:
+    """Seconds that the run's trainings and evaluations would take one core, roughly, and steps of all sites."""
     every = config.evaluate.every
     evaluations = 1 + sum(r == config.rounds or bool(every and r % every == 0) for r in range(1, config.rounds + 1))
     share = (config.server.sites_per_round or len(config.site_names)) / len(config.site_names)
@@ -191,7 +201,8 @@ def arithmetic(config: RunConfig, data: Mapping[str, SiteData], model: Model) ->
         operations += model.parameters * _TRAIN * share * config.rounds * config.train.local_steps * batch
         operations += model.parameters * _EVALUATE * evaluations * len(site.held_out) * tokens
         steps += share * config.rounds * config.train.local_steps
-    return (operations / _RATE + steps * _STEP) * len(config.site_names) / len(some)
+    scale = len(config.site_names) / len(some)
+    return (operations / _RATE + steps * _STEP) * scale, steps * scale
 
 
 def _tokens(texts: Sequence[Any], most: int) -> float:

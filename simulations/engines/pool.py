@@ -31,6 +31,8 @@ class Process:
     """A process of :mod:`.worker`, and those that it divides into; it serves the other end of each of ``ends``."""
 
     def __init__(self, config: RunConfig, ends: Sequence[socket.socket]) -> None:
+        # Workers are ended, so they clean up nothing.
+        self._scratch = tempfile.TemporaryDirectory(prefix="fedgraft-workers-", ignore_cleanup_errors=True)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._codes: dict[int, int] = {}
         numbers = [end.fileno() for end in ends]
@@ -42,7 +44,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             pass_fds=numbers,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": self._scratch.name},
             start_new_session=True,
         )
         self._said = cast(IO[bytes], self._process.stdout)
@@ -76,6 +78,7 @@ class Process:
         self._process.wait()
         self._said.close()
         self._errors.close()
+        self._scratch.cleanup()
 
 
 class Member:
