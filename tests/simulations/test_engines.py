@@ -190,6 +190,7 @@ def test_flowers_engine_gives_the_same_adapter_and_leaves_nothing_behind(
     before = ours()
     threads = os.environ.get("OMP_NUM_THREADS")
     theirs = runs.simulate(config, tmp_path / "flower", execution=Execution("flower"))
+    assert theirs["execution"] == {"engine": "flower", "workers": 0, "threads": 1, "cohort": 1, "why": "asked for"}
     assert os.environ.get("OMP_NUM_THREADS") == threads
     assert (theirs["status"], theirs["engine"], theirs["rounds"]) == ("finished", "flower", 3)
     one, two = (load_last(tmp_path / name / "checkpoints").state for name in ("inprocess", "flower"))
