@@ -1,8 +1,8 @@
 """Products in which each site's rows meet that site's own matrix: the same numbers, to the bit, as site by site.
 
-On a CPU and one thread: rows of a product are rounded alike in a batch of several sites and in the site's own as long
-as that has eight rows or more (BLAS takes another kernel for fewer), and a batched product rounds like its parts unless
-those are tiny. What is smaller goes site by site.
+So it is on a CPU with MKL: rows of a product are rounded alike in a batch of several sites and in the site's own
+unless that has few of them (BLAS takes another kernel for fewer than four, and divides them among its threads by
+eights), and a batched product rounds like its parts unless those are tiny. What is smaller goes site by site.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .rows import Slot
 from .rules import tokens
 from .sites import Pass, Stacks
 
-#: With fewer rows of its own, a site's product with a shared matrix is taken apart from the others'.
-FEW = 8
+#: A thread that gets fewer rows of a product may take another kernel.
+_FEW = 8
 #: Below so many multiplications torch.bmm takes a loop of its own on a CPU.
 _TINY = 400
 
@@ -80,14 +80,19 @@ class Turned:
         raise NotImplementedError
 
 
-def each(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a[k] b[k] (+ bias[k]) for every k; a: (n, p, q), b: (n, q, r), bias: (n, r)."""
+def each(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, apart: bool = False) -> torch.Tensor:
+    """a[k] b[k] (+ bias[k]) for every k; a: (n, p, q), b: (n, q, r), bias: (n, r). ``apart``: one after another."""
     n, p, q = a.shape
-    if n == 1 or (a.device.type == "cpu" and p * q * b.shape[2] < _TINY):
+    if n == 1 or apart or (a.device.type == "cpu" and p * q * b.shape[2] < _TINY):
         if bias is None:
             return torch.stack([x.mm(y) for x, y in zip(a, b, strict=True)])
         return torch.stack([torch.addmm(z, x, y) for z, x, y in zip(bias, a, b, strict=True)])
     return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
+
+
+def few(rows: int, device: torch.device) -> bool:
+    """Whether a site's product with a shared matrix must be taken apart from the others', for so few ``rows``."""
+    return device.type == "cpu" and rows < _FEW * torch.get_num_threads()
 
 
 def in_parts(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, passing: Pass) -> torch.Tensor:
@@ -96,12 +101,12 @@ def in_parts(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, passi
     ``run`` must take each row alone; x: (R, ..., d).
     """
     of_one = x.numel() // (x.shape[-1] * max(1, len(x)))
-    if len(passing.parts) == 1 or passing.least * of_one >= FEW:
+    if len(passing.parts) == 1 or not few(passing.least * of_one, x.device):
         return run(x)
     results: list[torch.Tensor] = []
     together = None
     for part in passing.parts:
-        if part.rows * of_one < FEW:
+        if few(part.rows * of_one, x.device):
             if together is not None:
                 results.append(run(x[together : part.start]))
                 together = None
@@ -165,9 +170,9 @@ def _product(x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None, pa
         )
     # Each row with its site's shift, in the one product: added within, it is rounded as a layer rounds it.
     shifts = _spread(bias, flat, passing)
-    if passing.least * (len(flat) // passing.batch) >= FEW:
-        return torch.addmm(shifts, flat, right).reshape(shape)
     of_one = len(flat) // passing.batch
+    if not few(passing.least * of_one, x.device):
+        return torch.addmm(shifts, flat, right).reshape(shape)
     return torch.cat(
         [
             torch.addmm(shifts[at], flat[at], right)
@@ -179,7 +184,8 @@ def _product(x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None, pa
 def _of_run(run: Any, x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if bias is not None:
         bias = bias[run.at] if bias.dim() == 2 else bias.expand(len(run.sites), -1)
-    return each(run.of(x), right[run.at], bias).flatten(0, 1)
+    rows = run.of(x)
+    return each(rows, right[run.at], bias, apart=few(rows.shape[1], x.device)).flatten(0, 1)
 
 
 def _spread(bias: torch.Tensor, rows: torch.Tensor, passing: Pass) -> torch.Tensor:
