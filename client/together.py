@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+from ..core.errors import one_line
 from .cohort import CannotShareError, Cohort, train_in_one
 from .cohort.fitting import fitting_groups
 from .trainer import Lesson, Trained
+
+log = logging.getLogger("fedgraft.site")
 
 
 def train_together(lessons: Sequence[Lesson], cohort: Cohort) -> list[Trained | Exception]:
@@ -27,8 +31,9 @@ def _trained(lessons: Sequence[Lesson]) -> list[Trained | Exception]:
     if len(lessons) > 1:
         try:
             return train_in_one(lessons)
-        except CannotShareError:
-            pass  # each begins again alone, to the same result
+        except CannotShareError as error:
+            # Each begins again alone, to the same result.
+            log.warning("%d sites train one after another: %s", len(lessons), one_line(error))
     return [_alone(lesson) for lesson in lessons]
 
 

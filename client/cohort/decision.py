@@ -121,7 +121,6 @@ def _rehearsal(lesson: Lesson) -> Lesson:
         plan=plan,
         rule=None,
         on_step=lambda step, loss: None,
-        on_smaller=lambda setting, size, text: None,
     )
 
 

@@ -12,7 +12,7 @@ from ...privacy.engine.exact import MEMORY
 from ..trainer import Lesson
 
 #: A site that trains more numbers than this keeps the processor busy by itself, and stacks of them take memory.
-_MOST = 2**24
+_MOST = 2**22
 
 #: Models that turned out not to be fit, by whether the training was private, with the reason.
 _unfit: WeakKeyDictionary[nn.Module, dict[bool, str]] = WeakKeyDictionary()

@@ -91,7 +91,7 @@ class Student:
         for name in self.names:
             parameter = self._stacks.parameters[name]
             own[name] = self._stacks.leaf(self.place, parameter)
-            own[name].grad = self._stacks.gradients_of(parameter)[self.place]
+            own[name].grad = self._stacks.gradient(self.place, parameter)
         return own
 
     def release(self, step: int) -> None:
@@ -108,7 +108,7 @@ class Student:
             self._stacks.gradients[self.place] = noisy
         else:
             for parameter, part in zip(parameters, noisy.split([p.numel() for p in parameters]), strict=True):
-                self._stacks.gradients_of(parameter)[self.place] = part.view_as(parameter)
+                self._stacks.gradient(self.place, parameter).copy_(part.view_as(parameter))
         if counted:
             self.sum.clip = adapted(
                 self.sum.clip,

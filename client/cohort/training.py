@@ -7,7 +7,6 @@ one that the site alone would have trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...core.adapter import AdapterState
-from ...core.errors import UserError, is_out_of_memory
+from ...core.errors import UserError, is_out_of_memory, one_line
 from ...core.profile import section
 from ...core.tasks import Batch
 from ...privacy.engine.sites import Part, Pass, Stacks
@@ -57,13 +56,14 @@ def train_in_one(lessons: Sequence[Lesson]) -> list[Trained | Exception]:
 
     Raises :class:`CannotShareError` where the model turns out not to be fit for it, or memory runs out.
     """
-    with ExitStack() as stack:
+    try:
         cohort = _Cohort(lessons)
-        stack.callback(cohort.close)
         try:
             return cohort.train()
-        except Exception as error:
-            raise CannotShareError(str(error)) from error
+        finally:
+            cohort.close()
+    except Exception as error:
+        raise CannotShareError(one_line(error)) from error
 
 
 class _Cohort:
@@ -91,6 +91,11 @@ class _Cohort:
         self._engines: dict[tuple[str, ...], SitesRows | SitesSums] = {}
         self._engine: SitesRows | SitesSums | None = None
         self._names: tuple[str, ...] = ()
+        #: Examples that one site may have in a pass, and bytes that a pass of several may keep for its backward.
+        self._least = self._size(first)
+        self._budget = room(self._resident.device) / 4
+        if self._resident.device.type == "cpu":
+            self._budget = min(self._budget, _PASS)
 
     def close(self) -> None:
         self._use(())
@@ -101,24 +106,29 @@ class _Cohort:
 
     def train(self) -> list[Trained | Exception]:
         for step in range(max(student.steps for student in self._students)):
-            going = [s for s in self._students if step < s.steps and s.failed is None]
+            going = self._well([student for student in self._students if step < student.steps])
             if not going:
                 break
             if not self._private:
                 self._stacks.gradients.fill_(-0.0)
-            queues = [self._own(student, step) for student in going]
+            queues = [
+                self._guarded(student, student.begin, step, self._size(student.lesson)) or [] for student in going
+            ]
             # A site's micro-batches follow one another, as they are added up when it is alone.
             for number in range(max(map(len, queues))):
                 for passing in self._passes([queue[number] for queue in queues if number < len(queue)]):
                     self._pass(passing)
-            for student in going:
+            for student in self._well(going):
                 self._guarded(student, student.release, step)
             with section("optimizer"):
                 self._optimisers.step(step)
-            for student in going:
-                if student.failed is None:
-                    self._told(student, step)
+            for student in self._well(going):
+                self._guarded(student, self._told, student, step)
         return [student.failed or self._result(student) for student in self._students]
+
+    @staticmethod
+    def _well(students: Sequence[Student]) -> list[Student]:
+        return [student for student in students if student.failed is None]
 
     def _guarded(self, student: Student, do: Callable[..., Any], *args: Any) -> Any:
         """What ``do`` gives; what goes wrong in it ends this student's training alone."""
@@ -128,17 +138,12 @@ class _Cohort:
             student.failed = error
             return None
 
-    def _own(self, student: Student, step: int) -> list[Micro]:
-        lesson = student.lesson
-        batch = PhysicalBatch(
-            lesson.resident,
-            lesson.config,
-            "train.micro_batch",
-            lesson.config.train.micro_batch,
-            lesson.on_smaller,
-            private=self._private,
-        )
-        return self._guarded(student, student.begin, step, batch.size) or []
+    def _size(self, lesson: Lesson) -> int:
+        """How many examples of a site pass at a time."""
+        asked = lesson.config.train.micro_batch
+        setting = "train.micro_batch"
+        own = PhysicalBatch(lesson.resident, lesson.config, setting, asked, lesson.on_smaller, private=self._private)
+        return own.size
 
     def _told(self, student: Student, step: int) -> None:
         if self._private:
@@ -168,13 +173,9 @@ class _Cohort:
 
     def _most_rows(self, length: int) -> int:
         """As many as one site may have in a pass, and more where little memory is taken."""
-        least = self._config.train.micro_batch
         if self._model not in _bytes:
-            return least
-        budget = room(self._resident.device) / 4
-        if self._resident.device.type == "cpu":
-            budget = min(budget, _PASS)
-        most = max(least, int(budget / (_bytes[self._model] * length)))
+            return self._least
+        most = max(self._least, int(self._budget / (_bytes[self._model] * length)))
         return min(most, self._engine.most_rows) if isinstance(self._engine, SitesRows) else most
 
     def _use(self, names: tuple[str, ...]) -> None:
@@ -217,15 +218,16 @@ class _Cohort:
             with _Saved(self._model) as saved:
                 losses = self._losses(batch, passing)
             self._add(losses, passing, micros)
-            for part in {passing.parts[0], passing.parts[-1]}:
-                self._hold_against_alone(batch, losses.detach(), part, micros)
+            ends = {passing.parts[0], passing.parts[-1]}
+            told = [self._held_against_alone(batch, losses.detach(), part, micros) for part in ends]
         except Exception as error:
             if not is_out_of_memory(error):
                 unfit(self._first, f"{type(self._first.resident.base.model).__name__}: {error}")
             raise
         length = micros[0].shape[0]
         _bytes[self._model] = max(1.0, saved.bytes / (passing.batch * length))
-        _checked.setdefault(self._model, set()).add(key)
+        if all(told):
+            _checked.setdefault(self._model, set()).add(key)
 
     def _collated(self, micros: list[Micro]) -> Batch | None:
         """The examples of all, padded; who has one that cannot be read fails, and the others go on without."""
@@ -276,10 +278,10 @@ class _Cohort:
 
     # --- is the model fit for it? -----------------------------------------------------------------------------------
 
-    def _hold_against_alone(self, batch: Batch, losses: torch.Tensor, part: Part, micros: Sequence[Micro]) -> None:
+    def _held_against_alone(self, batch: Batch, losses: torch.Tensor, part: Part, micros: Sequence[Micro]) -> bool:
         """The first pass of a model: a site's losses, and without privacy its gradients, must be those of its own pass.
 
-        Privacy holds the rows against a backward pass of their own.
+        Privacy holds the rows against a backward pass of their own. False: the site has diverged, and nothing is told.
         """
         own = slice(part.start, part.stop)
         alone = {key: value[own] for key, value in batch.items()}
@@ -291,8 +293,8 @@ class _Cohort:
             with autocast(self._config.train, self._resident.device):
                 want = self._resident.task.losses(self._model, alone)
             _require_near("its losses", losses[own], want.detach())
-            if self._private:
-                return
+            if self._private or not bool(torch.isfinite(want).all()):
+                return bool(torch.isfinite(want).all())
             count = next(micro.count for micro in micros if micro.student.place == part.site)
             wanted = torch.autograd.grad(want.sum() / count, parameters, allow_unused=True)
             got = [stacks.gradients_of(parameter)[part.site] for parameter in parameters]
@@ -301,6 +303,7 @@ class _Cohort:
                     raise UserError(f"tensor {name} takes no part in this batch")
             flat = [torch.cat([g.reshape(-1) for g in each]) for each in (got, wanted)]
             _require_near("its gradients", *flat)
+            return True
         finally:
             self._hide()
 

@@ -84,6 +84,7 @@ class Stacks:
         self.values = torch.empty(sites, self.size, dtype=first.dtype, device=first.device)
         self.gradients = torch.full_like(self.values, -0.0)
         self._leaves: list[dict[int, nn.Parameter]] = [{} for _ in range(sites)]
+        self._leaf_gradients: dict[tuple[int, int], torch.Tensor] = {}
 
     def holds(self, parameter: nn.Parameter | None) -> bool:
         return parameter is not None and id(parameter) in self._offsets
@@ -106,6 +107,13 @@ class Stacks:
         if id(parameter) not in known:
             known[id(parameter)] = nn.Parameter(self.of(parameter)[site], requires_grad=parameter.requires_grad)
         return known[id(parameter)]
+
+    def gradient(self, site: int, parameter: nn.Parameter) -> torch.Tensor:
+        """Where the gradient of one site's parameter lies."""
+        key = (site, id(parameter))
+        if key not in self._leaf_gradients:
+            self._leaf_gradients[key] = self.gradients_of(parameter)[site]
+        return self._leaf_gradients[key]
 
     def leaves(self, site: int) -> dict[str, nn.Parameter]:
         """The parameters of one site by name."""

@@ -23,7 +23,7 @@ from ...core.profile import section
 from .clippedsum import Block, ClippedSum, Dense
 from .derived import Waiting
 from .exact import MEMORY, ExactGradients
-from .grouped import FEW, Into, IntoRows, IntoSums, SitesLinear, Turned, in_parts
+from .grouped import Into, IntoRows, IntoSums, SitesLinear, Turned, in_parts
 from .leaf import tensors
 from .plan import Unit, plan, refusal
 from .rows import Rows, Slot
@@ -33,7 +33,7 @@ _PLAIN = (nn.Linear, Conv1D)
 #: Units whose rows of all sites are multiplied at once.
 _GROUPED = ("linear", "conv1d")
 #: Runs a unit for one part: with the site's tensors, on the site's rows of what the layer was given.
-OfPart = Callable[[Part, Unit, Sequence[Any], Mapping[str, Any]], Any]
+OfPart = Callable[[Part, Sequence[Any], Mapping[str, Any]], Any]
 
 
 class _Takeover:
@@ -49,6 +49,7 @@ class _Takeover:
         self._anchor = torch.zeros((), device=stacks.values.device, requires_grad=True)
         self._shared = _shared_layers(modules, self.units)
         self._patched: list[tuple[Any, str, Any]] = []
+        self._places: dict[str, list[tuple[Any, str, nn.Parameter]]] = {}
         self.passing: Pass | None = None
 
     def attach(self, each: Callable[[Unit, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -85,7 +86,7 @@ class _Takeover:
 
         def run(x: torch.Tensor) -> torch.Tensor:
             passing = self.passing
-            if passing is None or passing.least >= FEW or len(x) != passing.batch:
+            if passing is None or len(x) != passing.batch:
                 return original(x)
             return in_parts(original, x, passing)
 
@@ -120,35 +121,35 @@ class _Takeover:
         return run
 
     @contextmanager
-    def as_site(self, unit: Unit, site: int) -> Iterator[Unit]:
-        """Within, ``unit`` holds the tensors of ``site``; gives it with these as its parameters."""
-        places = []
-        for owner in unit.module.modules():
-            for key, parameter in owner._parameters.items():
-                if parameter is not None and self._stacks.holds(parameter):
-                    places.append((owner._parameters, key, parameter))
-        leaf = self._stacks.leaf
+    def _as_site(self, unit: Unit, site: int) -> Iterator[None]:
+        """Within, ``unit`` holds the tensors of ``site``."""
+        if unit.path not in self._places:
+            self._places[unit.path] = [
+                (owner._parameters, key, parameter)
+                for owner in unit.module.modules()
+                for key, parameter in owner._parameters.items()
+                if parameter is not None and self._stacks.holds(parameter)
+            ]
+        places = self._places[unit.path]
         try:
             for table, key, parameter in places:
-                table[key] = leaf(site, parameter)
-            yield replace(unit, parameters=tuple(leaf(site, parameter) for parameter in unit.parameters))
+                table[key] = self._stacks.leaf(site, parameter)
+            yield
         finally:
             for table, key, parameter in places:
                 table[key] = parameter
 
-    def by_site(
-        self, unit: Unit, run: Callable[[Part, Unit, Sequence[Any], Mapping[str, Any]], Any]
-    ) -> Callable[..., Any]:
+    def by_site(self, unit: Unit, run: OfPart) -> Callable[..., Any]:
         """Another layer's forward pass: ``run`` for each site on its rows, the results one behind the other."""
 
         def of_all(*args: Any, **kwargs: Any) -> Any:
             passing = self.now()
             results = []
             for part in passing.parts:
-                given = [_rows_of(value, part, passing.batch) for value in args]
-                named = {name: _rows_of(value, part, passing.batch) for name, value in kwargs.items()}
-                with self.as_site(unit, part.site) as own:
-                    results.append(_with_rows(run(part, own, given, named), part.rows))
+                given = [_rows_of(unit, value, part, passing) for value in args]
+                named = {name: _rows_of(unit, value, part, passing) for name, value in kwargs.items()}
+                with self._as_site(unit, part.site):
+                    results.append(_with_rows(run(part, given, named), part.rows))
             return _together(results)
 
         def prompts(batch_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -157,8 +158,8 @@ class _Takeover:
                 raise UserError("the model makes another number of prompts than there are examples")
             results = []
             for part in passing.parts:
-                with self.as_site(unit, part.site) as own:
-                    results.append(run(part, own, [part.rows, *args], kwargs))
+                with self._as_site(unit, part.site):
+                    results.append(run(part, [part.rows, *args], kwargs))
             return _together(results)
 
         return prompts if unit.kind == "prompt" else of_all
@@ -176,12 +177,19 @@ def _require_rows(unit: Unit, x: torch.Tensor, passing: Pass) -> None:
         raise UserError(f"layer {unit.path} gets an input whose first dimension does not hold the examples")
 
 
-def _rows_of(value: Any, part: Part, batch: int) -> Any:
-    """The rows of one site of what a layer was given; what has none is the same for all."""
+def _rows_of(unit: Unit, value: Any, part: Part, passing: Pass) -> Any:
+    """The rows of one site of what a layer was given; a single row is the same for all.
+
+    Raises :class:`UserError` for a tensor of which it cannot be told whether it holds the examples.
+    """
     if isinstance(value, torch.Tensor):
-        return value[part.start : part.stop] if value.dim() and len(value) == batch else value
+        if not value.dim() or len(value) == 1:
+            return value  # with a batch of one row too, whose only part it is
+        if value.dim() == 1 or len(value) != passing.batch:
+            raise UserError(f"layer {unit.path} gets an input whose first dimension does not hold the examples")
+        return value[part.start : part.stop]
     if isinstance(value, list | tuple):
-        return type(value)(_rows_of(each, part, batch) for each in value)
+        return type(value)(_rows_of(unit, each, part, passing) for each in value)
     return value
 
 
@@ -244,7 +252,7 @@ class SitesSums:
     def _into_leaves(self, passing: Pass) -> Iterator[None]:
         """What layers that run once a site give by themselves goes to the same place."""
         leaves = [
-            (self._stacks.leaf(part.site, parameter), self._stacks.gradients_of(parameter)[part.site])
+            (self._stacks.leaf(part.site, parameter), self._stacks.gradient(part.site, parameter))
             for unit in self._takeover.units
             if unit.kind not in _GROUPED
             for parameter in unit.parameters
@@ -265,7 +273,7 @@ class SitesSums:
         for parameter in unit.parameters:
             for site in range(self._stacks.sites):
                 self._stacks.leaf(site, parameter).requires_grad_(id(parameter) in self._trained)
-        return self._takeover.by_site(unit, lambda part, own, args, kwargs: original(*args, **kwargs))
+        return self._takeover.by_site(unit, lambda part, args, kwargs: original(*args, **kwargs))
 
     def _into(self, parameter: nn.Parameter) -> Into | None:
         if id(parameter) not in self._trained:
@@ -317,12 +325,14 @@ class SitesRows(ExactGradients):
         if unit.kind in _GROUPED:
             return self._takeover.linear(unit, self._into)
 
-        def run(part: Part, own: Unit, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        def run(part: Part, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             if self._inside:
                 return original(*args, **kwargs)
             with self._as_site(part):
                 key = (unit.path, part.site)
                 if key not in self._rules:
+                    leaves = tuple(self._stacks.leaf(part.site, parameter) for parameter in unit.parameters)
+                    own = replace(unit, parameters=leaves)
                     self._rules[key] = getattr(super(SitesRows, self), f"_{unit.kind}")(own, original)
                 return self._rules[key](*args, **kwargs)
 
@@ -401,10 +411,10 @@ class SitesRows(ExactGradients):
             waiting.slots.clear()
 
     def _unwritten(self) -> Iterator[tuple[Rows, nn.Parameter, str]]:
+        """What no rows were written for: the rows in which it is missing, the parameter, its name."""
+        ran = all(part.site in self._of_site for part in self._takeover.now().parts)
         for parameter in self._dense.missing():
-            if id(parameter) in self._plain or not all(
-                part.site in self._of_site for part in self._takeover.now().parts
-            ):
+            if id(parameter) in self._plain or not ran:
                 yield self._dense, parameter, self._names[id(parameter)]
         for rows, _ in self._passing_sites():
             for leaf in rows.missing():
