@@ -66,7 +66,7 @@ def measured(folder: Path, sites: int, private: bool) -> dict[str, Any]:
         rounds=1,
         seed=1,  # under which each of 5,000 sites has records on both sides of the split
         task={"labels": list("abcd"), "max_length": 8},
-        train={"local_steps": 2, "batch_size": 4, "lr": 0.01},
+        train={"local_steps": 2, "batch_size": 2, "lr": 0.01},
         privacy=privacy,
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"test_fraction": 0.5})})
@@ -148,7 +148,7 @@ def main() -> None:
     results = {
         "what": "peak memory and seconds of one simulated round in one process, by the number of sites",
         "machine": {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__},
-        "conditions": f"BERT of 2 layers, hidden 32; {RECORDS} records; 2 steps of batch 4 a site; 2 evaluations",
+        "conditions": f"BERT of 2 layers, hidden 32; {RECORDS} records; 2 steps of batch 2 a site; 2 evaluations",
         "memory_growth": {
             "without privacy": round(most[False] / least[False] - 1, 4),
             "with privacy": round(most[True] / least[True] - 1, 4),
