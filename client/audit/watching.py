@@ -25,7 +25,7 @@ from ...privacy.clipping import Noise, create_engine
 from ...privacy.correlated import CorrelatedNoise, seeded_key_not_private
 from ...privacy.plan import PrivacyPlan
 from ..resident import Resident
-from ..trainer import EngineFactory, train
+from ..trainer import EngineFactory, require_memory, train
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def watch(
         return _Watched(create(name, model, trained, clip), trained, notes.clips, silent)
 
     still = config.model_copy(update={"train": config.train.model_copy(update={"lr": 1e-30})})
+    # What is tried out for the memory's sake takes examples too, and releases nothing.
+    require_memory(resident, examples, still, private=True, on_smaller=lambda setting, size, text: None)
     hook = register_optimizer_step_pre_hook(notes.optimizer_step)
     try:
         train(

@@ -183,6 +183,7 @@ def test_nothing_leans_on_the_random_state_of_a_process_or_its_hash_seed(tiny_fe
         assert json.loads((output / "run.json").read_text())["digest"] == want
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_process_its_threads(tiny_federation: Any, tmp_path: Path) -> None:
     seen = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgraft.client.data import SiteData
-from fedgraft.core.config import RunConfig
+from fedgraft.core.config import SizesConfig, parse_config
 from fedgraft.core.errors import UserError
-from fedgraft.simulations.partition import class_shares, deal, deal_patients
-from fedgraft.simulations.scenario import complete, load_scenario, named, site_data
+from fedgraft.simulations.partition import (
+    class_shares,
+    deal,
+    deal_patients,
+    deal_sized,
+    fit,
+    grouped,
+    site_shares,
+)
+from fedgraft.simulations.scenario import complete, load_scenario, site_data
 
 
 @given(
@@ -75,10 +85,173 @@ def test_patients_are_of_all_sizes() -> None:
     assert counts == pytest.approx(np.full(8, len(sizes) / 8), rel=0.15)
 
 
+# Sites of given sizes
+
+
+@given(law=st.sampled_from(["equal", "power", "lognormal"]), sites=st.integers(1, 40), seed=st.integers(0, 99))
+def test_sizes_follow_their_law(law: Any, sites: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shares = site_shares(SizesConfig(law=law, exponent=1.5), sites, rng)
+    assert shares.shape == (sites,)
+    assert shares.sum() == pytest.approx(1)
+    assert (shares > 0).all()
+    if law == "equal":
+        assert shares == pytest.approx(np.full(sites, 1 / sites))
+    if law == "power":
+        ranked = np.sort(shares)[::-1]
+        assert ranked / ranked[0] == pytest.approx(np.arange(1, sites + 1) ** -1.5)
+
+
+def test_log_normal_sizes_have_the_sigma_that_is_asked_for() -> None:
+    shares = site_shares(SizesConfig(law="lognormal", sigma=0.7), 20_000, np.random.default_rng(0))
+    assert np.log(shares).std() == pytest.approx(0.7, rel=0.03)
+
+
+@given(
+    counts=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(sum),
+    sites=st.integers(1, 8),
+    alpha=st.floats(0.3, 20),
+    seed=st.integers(0, 99),
+)
+def test_skewed_shares_are_fitted_to_the_sizes(counts: list[int], sites: int, alpha: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.dirichlet(np.full(sites, 5.0))
+    given_ = class_shares(len(counts), sites, alpha, rng)
+    found = fit(given_, np.array(counts), sizes)
+    assert (found >= 0).all()
+    assert found.sum(1) == pytest.approx(np.ones(len(counts)))
+    missed = np.array(counts) @ found - sizes * sum(counts)
+    # Where few classes leave no choice it comes as near as it gets, but it always comes nearer.
+    assert np.abs(missed).sum() <= np.abs(np.array(counts) @ given_ - sizes * sum(counts)).sum() + 1e-6
+
+
+def test_fitting_keeps_the_skew_and_meets_the_sizes() -> None:
+    rng = np.random.default_rng(1)
+    counts, sizes = np.array([400, 300, 500]), np.array([0.5, 0.3, 0.2])
+    shares = class_shares(3, 3, 1.0, rng)
+    found = fit(shares, counts, sizes)
+    assert counts @ found == pytest.approx(600 * 2 * sizes, rel=1e-5)
+
+    # Scaling rows and columns leaves every cross ratio as it was: that is what "as little as can be" means.
+    def ratio(table: np.ndarray) -> float:
+        return float(table[0, 0] * table[1, 1] / (table[0, 1] * table[1, 0]))
+
+    assert ratio(found) == pytest.approx(ratio(shares), rel=1e-6)
+    assert fit(class_shares(3, 3, None, rng), counts, sizes) == pytest.approx(np.tile(sizes, (3, 1)))
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=24, max_size=120),
+    sites=st.integers(1, 8),
+    minimum=st.integers(1, 3),
+    alpha=st.none() | st.floats(0.05, 50),
+    seed=st.integers(0, 99),
+)
+def test_every_record_goes_to_one_site_of_the_least_size_or_more(
+    labels: list[int], sites: int, minimum: int, alpha: float | None, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    dealt = deal_sized(np.array(labels), class_shares(5, sites, alpha, rng), minimum, rng)
+    assert sorted(int(i) for part in dealt for i in part) == list(range(len(labels)))
+    assert min(map(len, dealt)) >= minimum
+    assert all((np.diff(part) > 0).all() for part in dealt)
+
+
+def test_small_sites_get_their_share_of_each_class_rounded_by_chance_and_right_on_average() -> None:
+    labels, shares = np.repeat(np.arange(4), 30), np.tile([0.5, 0.25, 0.15, 0.1], (4, 1))
+    counts = np.zeros((4, 4))
+    for seed in range(400):
+        for site, part in enumerate(deal_sized(labels, shares, 1, np.random.default_rng(seed))):
+            each = np.bincount(labels[part], minlength=4)
+            assert (np.abs(each - 30 * shares[:, site]) < 1 + 1e-9).all()
+            counts[:, site] += each / 400
+    assert counts == pytest.approx(30 * shares, abs=0.15)
+
+
+def test_sites_smaller_than_the_number_of_classes_all_get_records() -> None:
+    labels, rng = np.arange(2200) % 22, np.random.default_rng(0)
+    dealt = deal_sized(labels, class_shares(22, 400, None, rng), 1, rng)
+    sizes = [len(part) for part in dealt]
+    assert min(sizes) >= 1 and max(sizes) <= 22 // 2 + 4
+    # The plain deal cuts all classes alike, and leaves sites with nothing.
+    assert min(map(len, deal(labels, class_shares(22, 400, None, rng), rng))) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"law": "fractions", "fractions": [0.5, 0.5]}, "data.sizes.fractions: 2 fractions for 3 sites; give one each"),
+        (
+            {"law": "equal", "minimum": 200},
+            "are too few for 3 sites of 200 or more; use fewer sites, or lower data.siz",
+        ),
+        ({"law": "fractions", "fractions": [0.5, 0.4]}, "fractions are above 0 and sum to 1, these to 0.9"),
+        ({"law": "power", "fractions": [1.0]}, 'law = "fractions" and the list fractions go together'),
+        ({"minimum": 5}, 'minimum needs a law; law = "equal" makes sites of one size'),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_line(tiny_federation: Any, sizes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        site_data(tiny_federation.config(**{"data.sizes": sizes}))
+    assert reason in str(caught.value)
+
+
+def test_sites_have_the_fractions_of_the_patients_that_are_given(tiny_federation: Any) -> None:
+    config = tiny_federation.config(
+        **{"data.sizes": {"law": "fractions", "fractions": [0.6, 0.3, 0.1]}, "data.alpha": 1.0}
+    )
+    patients = [
+        len({*(site.train.patients or ()), *(site.held_out.patients or ())}) for site in site_data(config).values()
+    ]
+    everybody = len({row["patient"] for row in tiny_federation.rows})
+    assert sum(patients) == everybody
+    assert patients == pytest.approx([0.6 * everybody, 0.3 * everybody, 0.1 * everybody], abs=3)
+
+
+# Many sites
+
+
+@given(owners=st.lists(st.integers(-1, 6), max_size=60))
+def test_grouping_finds_what_looking_for_each_owner_finds(owners: list[int]) -> None:
+    found = grouped(np.array(owners, dtype=np.int64), 7)
+    for owner in range(7):
+        assert found[owner].tolist() == np.flatnonzero(np.array(owners) == owner).tolist()
+
+
+def test_five_thousand_sites_are_named_and_dealt_in_seconds(
+    tiny_federation: Any, tinyfederation: Any, tmp_path: Any
+) -> None:
+    rows = [
+        {"text": f"text {number}", "label": tinyfederation.LABELS[number % 3], "patient": f"p{number // 2}"}
+        for number in range(60_000)
+    ]
+    table = tinyfederation.write_csv(tmp_path / "many.csv", rows)
+    config = tiny_federation.config(
+        **{"data.path": str(table), "data.sites": 5000, "data.partition": "iid", "data.sizes": {"law": "equal"}}
+    )
+    assert config.site_names[0] == "site-0001"
+    assert config.site_names[-1] == "site-5000"
+    assert len(config.site_names) == 5000
+    began = time.perf_counter()
+    sites = site_data(config)
+    assert sum(len(site.train) + len(site.held_out) for site in sites.values()) == 60_000
+    # Half a minute on a slow and busy machine; going through all records for each site took many times that.
+    assert time.perf_counter() - began < 60
+
+
+def test_a_number_of_sites_is_short_for_their_names(tiny_federation: Any) -> None:
+    assert tiny_federation.config(**{"data.sites": 3}).site_names == ("site-1", "site-2", "site-3")
+    assert tiny_federation.config(**{"data.sites": 10}).site_names[:2] == ("site-01", "site-02")
+    assert load_scenario("digits-dirichlet", ["data.sites=12"]).site_names[-1] == "site-12"
+    for wrong in (0, -3, 10**9, True):
+        with pytest.raises(UserError, match=r"data\.sites"):
+            parse_config({"model": "m", "data": {"sites": wrong}})
+
+
 # One file, dealt to sites
 
 
-def texts(data: dict[str, SiteData], part: str) -> list[str]:
+def texts(data: Mapping[str, SiteData], part: str) -> list[str]:
     return [text for site in data.values() for text in getattr(site, part).inputs]
 
 
@@ -130,8 +303,8 @@ def test_a_site_without_records_is_named(tiny_federation: Any, tinyfederation: A
     table = tinyfederation.write_csv(tmp_path / "few.csv", list(tiny_federation.rows[:6]))
     with pytest.raises(UserError) as caught:
         site_data(tiny_federation.config(**{"data.path": str(table), "data.alpha": 0.05}))
-    assert str(caught.value).endswith(" raise data.alpha, or use fewer sites")
-    assert str(table) in str(caught.value)
+    told = f" got no records of {table}; give data.sizes a law with a minimum, raise data.alpha, or use fewer sites"
+    assert str(caught.value).endswith(told)
 
 
 # Files of their own
@@ -156,15 +329,6 @@ def test_a_site_without_a_file_is_named(tiny_federation: Any) -> None:
 
 
 # Scenarios
-
-
-def test_every_scenario_that_comes_with_fedgraft_is_valid() -> None:
-    assert "hospitals-icd10" in named()
-    for name in named():
-        config: RunConfig = load_scenario(name)
-        assert config.name == name
-        assert config.privacy.enabled
-        assert len(config.task.labels) >= 2
 
 
 @pytest.mark.parametrize(
