@@ -720,7 +720,8 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     if parents[:1] == ["tensor_policy"]:
         parents, leaf = ["tensor_policy"], key.partition(".")[2]  # a pattern may hold dots
     free = (["strategy_options"], ["tensor_policy"], ["data", "partition_options"])
-    if key not in known_keys() and parents[:1] not in free and parents[:2] not in free:
+    section = isinstance(value, dict) and any(known.startswith(f"{key}.") for known in known_keys())
+    if key not in known_keys() and not section and parents[:1] not in free and parents[:2] not in free:
         raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")
     node = values
     for parent in parents:
