@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -13,12 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
 import torch
 
 from ...core.config import RunConfig
+from ...core.errors import UserError, one_line
 from . import torchrun
 from .channel import Channel
 
@@ -35,12 +36,14 @@ class Process:
         self._scratch = tempfile.TemporaryDirectory(prefix="fedgraft-workers-", ignore_cleanup_errors=True)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._codes: dict[int, int] = {}
+        settings = Path(self._scratch.name) / "config.json"
+        settings.write_text(config.to_json(), encoding="utf-8")
         numbers = [end.fileno() for end in ends]
         self._process = subprocess.Popen(
             # A session of its own: Ctrl-C is for the server, which then ends its workers.
-            [sys.executable, "-P", "-m", _MODULE, *map(str, numbers)],
+            [sys.executable, "-P", "-m", _MODULE, str(settings), *map(str, numbers)],
             bufsize=0,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             pass_fds=numbers,
@@ -48,8 +51,6 @@ class Process:
             start_new_session=True,
         )
         self._said = cast(IO[bytes], self._process.stdout)
-        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], self._process.stdin) as asked:
-            asked.write(config.to_json().encode() + b"\n")
 
     def why(self, end: int) -> str:
         """How the process came to its end that served the socket that was number ``end`` here."""
@@ -99,6 +100,7 @@ class Pool:
 
     On CPUs one process loads what all need and divides. Where there are GPUs each has a process and a GPU of its own,
     for CUDA does not outlive a division. Under `torchrun` the other ranks are workers beside one of this process.
+    Raises :class:`UserError` when the machine gives no process or no place for its files.
     """
 
     def __init__(self, config: RunConfig, count: int, threads: int) -> None:
@@ -120,8 +122,10 @@ class Pool:
             if torchrun.ranks():
                 gpu = 0 if gpus else None
                 self.members += [Member(channel, gpu=gpu) for channel in torchrun.gather()]
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise UserError(f"the workers cannot be started: {one_line(error)}") from None
             raise
 
     def __enter__(self) -> Pool:

@@ -1,8 +1,8 @@
 """A worker of the engine `workers`: a process that holds the base model and serves some of the sites, all rounds long.
 
-`python -m fedgraft.simulations.engines.worker FD...` serves a run over each of the inherited sockets. What is the same
-for all workers of a machine, the libraries and the sites' records, is loaded once, before the process is divided; the
-base model's file is mapped, so that its pages are shared too.
+`python -m fedgraft.simulations.engines.worker CONFIG FD...` serves a run over each of the inherited sockets. What is
+the same for all workers of a machine, the libraries and the sites' records, is loaded once, before the process is
+divided; the base model's file is mapped, so that its pages are shared too.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def quiet() -> None:
 def main() -> None:
     """Serve over the sockets that the arguments name, each in a process; say which ended how on standard output.
 
-    The first line of standard input is the run's configuration.
+    The first argument is the file of the run's configuration.
     """
     quiet()
     # What a library prints must not be taken for that.
@@ -188,12 +188,10 @@ def main() -> None:
     os.dup2(2, 1)
     # Threads of the arithmetic do not outlive a fork, and a child that waits for them would wait for ever.
     torch.set_num_threads(1)
-    text = sys.stdin.readline()
-    if not text:
-        raise SystemExit(_LOST)
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
     with contextlib.suppress(UserError):  # each site says it in its answer
         site_data(complete(config_from_json(text, "the run's configuration")))
-    ends = [int(argument) for argument in sys.argv[1:]]
+    ends = [int(argument) for argument in sys.argv[2:]]
     if len(ends) == 1:
         serve(Channel.of(socket.socket(fileno=ends[0])))
     gc.collect()

@@ -428,3 +428,15 @@ def test_torchrun_starts_the_workers_of_a_run(tiny_federation: Any, tmp_path: Pa
     assert run["execution"]["why"] == "torchrun has started 2 processes"
     assert run["digest"] == tiny_federation.run(config, tmp_path / "inprocess")["digest"]
     assert wait_for(lambda: family() == before)
+
+
+def test_a_machine_that_gives_no_process_is_told_in_one_line(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*arguments: Any, **more: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pools.subprocess, "Popen", refuses)
+    with pytest.raises(UserError, match=r"^the workers cannot be started: .*Resource temporarily unavailable$"):
+        runs.simulate(tiny_federation.config(), tmp_path / "run", execution=Execution("workers", workers=2))
+    assert not (tmp_path / "run").exists()
