@@ -270,7 +270,7 @@ class SizesConfig(Section):
         (), description="each site's share of the records, in the order of their names"
     )
     minimum: int = Field(
-        1, ge=1, description="training patients (records, where none are named) that a site has at least"
+        2, ge=1, description="patients (records, where none are named) that a site is dealt at least, for training"
     )
 
     @model_validator(mode="after")
@@ -279,7 +279,7 @@ class SizesConfig(Section):
             raise ValueError('law = "fractions" and the list fractions go together')
         if self.fractions and (min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6):
             raise ValueError(f"fractions are above 0 and sum to 1, these to {sum(self.fractions):g}")
-        if not self.law and self.minimum > 1:
+        if not self.law and self.minimum != type(self).model_fields["minimum"].default:
             raise ValueError('minimum needs a law; law = "equal" makes sites of one size')
         return self
 
