@@ -34,6 +34,7 @@ from ..trainer import (
     to_device,
 )
 from .fitting import unfit
+from .heap import keep_freed
 from .student import Micro, Student, row_of
 
 #: Bytes that a pass may keep for its backward on a CPU: with more it is slower, for want of cache.
@@ -56,6 +57,7 @@ def train_in_one(lessons: Sequence[Lesson]) -> list[Trained | Exception]:
 
     Raises :class:`CannotShareError` where the model turns out not to be fit for it, or memory runs out.
     """
+    keep_freed()
     try:
         cohort = _Cohort(lessons)
         try:
