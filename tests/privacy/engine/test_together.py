@@ -21,14 +21,10 @@ from fedgraft.privacy.noise import RandomStream
 Case = tuple[str, str, str]
 TEXT, IMAGE, LM = "sequence-classification", "image-classification", "causal-lm"
 LORA = ("bert", TEXT, "lora")
-#: Every method on one family, and every family and task with at least one.
+#: Every way to run a layer, and every family and task; the others are among the slow tests.
 SOME = [
-    *[
-        ("bert", TEXT, method)
-        for method in ("bitfit", "dora", "ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan")
-    ],
-    *[("roberta", TEXT, "lora"), ("gpt2", TEXT, "bitfit"), ("gpt2", LM, "lora"), ("llama", LM, "prefix")],
-    *[("llama", TEXT, "dora"), ("t5", TEXT, "ia3"), ("vit", IMAGE, "lora"), ("vit", IMAGE, "bitfit")],
+    *[("bert", TEXT, method) for method in ("dora", "ia3", "ln", "lora", "prefix", "prompt")],
+    *[("gpt2", TEXT, "bitfit"), ("llama", LM, "lora-sb"), ("t5", TEXT, "ravan"), ("vit", IMAGE, "bitfit")],
 ]
 #: Words of the records of each site: as many rows and other ones, short and long.
 LENGTHS = [(3, 11, 1), (11, 2), (6, 8, 11, 5), (2, 7)]
@@ -132,7 +128,7 @@ def test_each_site_gets_the_gradients_of_its_own_pass_whatever_the_method(lab: A
     hold_all(lab, fitting)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=9), min_size=1, max_size=5),
     mixed=st.randoms(use_true_random=False),
