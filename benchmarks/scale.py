@@ -4,7 +4,7 @@
     python benchmarks/scale.py --sizes 10 100  fewer of them, nothing written
 
 Every size is a process of its own that simulates one round of the same tiny model, with an evaluation before and after:
-the same 100,000 records in all, dealt evenly. Memory is the largest resident size of the process (VmHWM), from its start
+the same 100,000 records in all, dealt evenly. Memory is the largest resident size of the process (VmHWM), from start
 to the written report; seconds are those of the run and of its parts. Results lie in benchmarks/results/scale.json and
 are drawn in docs/images/scale.svg.
 """
