@@ -26,7 +26,9 @@ def draw(tally: Tally, title: str, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "fedgraft", "axes.spines.top": False, "axes.spines.right": False}):
         figure = (_few if len(tally.sites) <= _BARS else _many)(tally)
         if len(tally.classes) > 1:
-            figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=7)
+            figure.legend(
+                *figure.axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7
+            )
         figure.suptitle(title, fontsize=10.5)
         try:
             figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
