@@ -504,3 +504,18 @@ def test_a_measurement_takes_real_steps(lessons: Make) -> None:
     assert all(seconds > 0 for _, seconds in found.steps)
     steps = dict(found.steps)
     assert found.speed == pytest.approx(steps[1] / min(steps[2], steps[3]))
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Glibc:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            asked.append((parameter, value))
+            return 1
+
+    for library in (Glibc, object):
+        monkeypatch.setattr("ctypes.CDLL", lambda name, library=library: library)
+        heap.keep_freed.__wrapped__()
+    assert asked == [(-3, 2**25), (-1, 2**28)]
