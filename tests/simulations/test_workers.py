@@ -321,7 +321,9 @@ def test_a_worker_killed_in_a_round_is_named_and_the_run_goes_on_and_then_none_i
     config = tiny_federation.config(**{"server.quorum": 2})
     with Pool(config, 2, 1) as pool:
         (parent,) = [psutil.Process(pid) for pid in family() - before]
-        first, second = wait_for(lambda: len(found := sorted(parent.children(), key=lambda c: c.pid)) == 2 and found)
+        first, second = wait_for(
+            lambda: len(found := sorted(parent.children(), key=lambda child: child.pid)) == 2 and found, 90
+        )
         killer = Killer(second.pid, 2)
         run = on_workers(config, tmp_path / "one", watch=killer, pool=pool)
         assert time.monotonic() - killer.at < 10
