@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgraft.client.cohort import CannotShareError, Cohort, Decision, fitting, train_in_one, training, why_alone
+from fedgraft.client.cohort import CannotShareError, Cohort, Decision, fitting, heap, train_in_one, training, why_alone
 from fedgraft.client.cohort import decision as deciding
 from fedgraft.client.cohort.fitting import fitting_groups
 from fedgraft.client.cohort.student import Student
