@@ -556,7 +556,8 @@ class SiteClient:
 
         def received() -> tuple[AdapterState, Mapping[str, Any]]:
             rest = self._held(context, spec) if table.rest else None
-            state = decode_adapter(content, spec, sender="the server", held=rest)
+            with section("wire"):
+                state = decode_adapter(content, spec, sender="the server", held=rest)
             packed = encode_adapter(state, wire="fp32")
             digest = ConfigRecord({"state": table.state})
             return state, {"held.digest": digest, "held.adapter": packed["adapter"], "held.table": packed["table"]}

@@ -135,11 +135,10 @@ def decode_adapter(
     base: AdapterState | None = None,
 ) -> AdapterState:
     """Strict inverse of :func:`encode_adapter` and :func:`encode_change`; see :func:`~.packing.unpack`."""
-    with section("wire"):
-        table = decode_table(content, sender)
-        packed = record_of(content, "adapter", ArrayRecord)
-        arrays = {key: _numbers(key, array, sender) for key, array in packed.items()} if packed is not None else {}
-        return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
+    table = decode_table(content, sender)
+    packed = record_of(content, "adapter", ArrayRecord)
+    arrays = {key: _numbers(key, array, sender) for key, array in packed.items()} if packed is not None else {}
+    return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
 
 
 def _numbers(key: str, array: Array, sender: str) -> np.ndarray:

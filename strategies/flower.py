@@ -314,7 +314,8 @@ class PeftStrategy(Strategy):
 
     def _decode(self, reply: Message, site: str) -> AdapterState:
         sent = self._sent[site]
-        return decode_adapter(reply.content, sent.spec, sender=site, names=sent.spec.select("share"), base=sent)
+        with section("wire"):
+            return decode_adapter(reply.content, sent.spec, sender=site, names=sent.spec.select("share"), base=sent)
 
     def _accept_refined(self, answer: Answer, reply: Message, site: str) -> None:
         if site not in self.phase.metrics:
