@@ -9,7 +9,8 @@ from ..core.adapter import AdapterSpec, AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.wire import Fault, Kind
-from ..strategies import Aggregator, LocalRule, Training, strategies
+from ..strategies import Aggregator, LocalRule, Training
+from ..strategies.aggregator import find_strategy
 from ..strategies.wrapping import WrappedRule
 from .availability import Availability
 from .clock import Clock
@@ -68,7 +69,7 @@ def require_enough(config: RunConfig) -> None:
     Whom the seed sends away is known beforehand, so a run that must fail fails before anything is spent.
     """
     drawn = config.server.sites_per_round or (config.central.enabled and config.central.sampling_rate < 1)
-    if drawn or strategies()[config.strategy].asked is not Aggregator.asked:
+    if drawn or find_strategy(config.strategy).asked is not Aggregator.asked:
         return  # who is asked at all is not known here
     fates = Fates(config)
     liars = {site.name for site in config.data.sites if site.attack == "nan"}
