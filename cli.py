@@ -85,7 +85,7 @@ def simulate(
     engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes of the engine workers; 0: one a GPU, or one a core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of the arithmetic in each process; 0: all cores.")] = 0,
-    cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 1,
+    cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 0,
     profile: Annotated[bool, typer.Option("--profile", help="Tell where the time went.")] = False,
     output: Annotated[Path | None, typer.Option(help="The run directory (default: runs/NAME-DATE-TIME).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,

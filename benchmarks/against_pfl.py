@@ -63,6 +63,8 @@ RESULTS = HERE / "results" / "against_pfl.json"
 PFL = "0.6.0"
 LABELS = "abcd"
 USERS, RECORDS, COHORT, BATCH = 100, 32, 20, 8
+#: What a row is called, by what it gives as the cohort.
+NAMES = {0: "fedgraft", 1: "fedgraft, one site after another"}
 #: Hidden size of the two-layer BERT, and what a step of 8 texts takes about on one core.
 MODELS = {"tiny BERT, hidden 64": 64, "BERT of 10 ms steps, hidden 256": 256}
 #: The same sums in another order.
@@ -270,7 +272,7 @@ def compare(
         sides = Sides(folder, job_config(folder, rounds), python)
         rows: dict[str, list[dict[str, Any]]] = {}
         for number in range(repeats):
-            turns: list[tuple[str, Any]] = [(f"fedgraft, cohort {size}", size) for size in cohorts]
+            turns: list[tuple[str, Any]] = [(NAMES.get(size, f"fedgraft, cohort {size}"), size) for size in cohorts]
             turns.append(("pfl", None))
             # Who comes first changes, but for the first time, when fedgraft draws the users.
             for side, size in turns if number % 2 == 0 else reversed(turns):
@@ -310,7 +312,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=cache / "fedgraft" / f"pfl-{PFL}", help="environment with pfl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cohorts", type=int, nargs="+", default=[1, COHORT], help="Execution(cohort=...) of each row")
+    parser.add_argument("--cohorts", type=int, nargs="+", default=[0, 1], help="Execution(cohort=...) of each row")
     parser.add_argument("--only", type=int, nargs="+", default=list(MODELS.values()), help="hidden sizes")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--ours", nargs=2, help=argparse.SUPPRESS)

@@ -74,8 +74,8 @@ def run(way: str, config: RunConfig, output: Path) -> float:
     if way == "run_simulation":
         _run_simulation(config, output)
     else:
-        threads = {"threads": 1} if way == "inprocess" else {}
-        simulate(config, output, execution=Execution(way, **threads))  # type: ignore[arg-type]
+        own = {"threads": 1, "cohort": 1} if way == "inprocess" else {}
+        simulate(config, output, execution=Execution(way, **own))  # type: ignore[arg-type]
     return time.perf_counter() - began
 
 

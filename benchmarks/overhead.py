@@ -7,7 +7,7 @@ The bare loop takes the same number of steps on batches of the same sizes with t
 optimizer, nothing else. With privacy it also draws the batch by Poisson sampling, clips each example's gradient with
 the same engine (attached once), adds the noise and nothing else: no accounting, no ledger. The engine's seconds are
 those that the run gives to its training rounds: instruction, policy, ledger, training, gate, audit log, wire and
-aggregation. Both are timed in one process, in turns; the medians count. Memory by the number of sites: scale.py.
+aggregation, one site after another. Both are timed in one process, in turns; the medians count. Memory by the number of sites: scale.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fedgraft.privacy.clipping import create_engine
 from fedgraft.privacy.noise import RandomStream
 from fedgraft.privacy.plan import PrivacyPlan
 from fedgraft.privacy.sampling import shuffled_batches
+from fedgraft.simulations.execution import Execution
 from fedgraft.simulations.run import simulate
 from fedgraft.simulations.scenario import complete, load_scenario, site_data
 
@@ -167,7 +168,7 @@ def bare_loop(config: RunConfig) -> Callable[[], float]:
 
 def engine(config: RunConfig, folder: Path) -> float:
     """Seconds that the run's own metrics give to its training rounds."""
-    run = simulate(config, folder)
+    run = simulate(config, folder, execution=Execution(cohort=1))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines if line["kind"] == "train")
     if run["rounds"] != config.rounds:

@@ -27,7 +27,8 @@ class Watch:
 
     def cohort_found(self, size: int, text: str) -> None:
         """A measurement has found how many simulated sites to train in one pass; ``text`` says why."""
-        self.note(text)
+        if size > 1:
+            self.note(text)
 
     def site_finished(self, kind: str, site: str) -> None:
         """A simulated site has answered."""

@@ -25,7 +25,7 @@ class Execution:
     engine: Engine = "inprocess"
     workers: int = 0
     threads: int = 0
-    cohort: int = 1
+    cohort: int = 0
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Execution:
                 raise UserError(f"--{name} {getattr(self, name)} is negative; 0 lets the engine choose")
         if self.workers and self.engine not in ("auto", "workers"):
             raise UserError(f"--workers is for the engine `workers`, not `{self.engine}`")
-        if self.cohort != 1 and self.engine == "flower":
+        if self.cohort > 1 and self.engine == "flower":
             raise UserError(
                 "--cohort is for the engines `inprocess` and `workers`: Flower's runtime asks each site alone"
             )

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...core.adapter import AdapterState
+from ...core.config import RunConfig
 from ...core.errors import one_line
 from ..trainer import Lesson, Trained
 from .fitting import why_alone
@@ -19,8 +21,10 @@ from .training import CannotShareError, train_in_one
 MOST = 32
 _SIZES = (2, 4, 8, 16, 32)
 _STEPS, _TIMES = 2, 3
-#: Seconds that the measurement may take, about.
-_BUDGET = 4.0
+#: Of what is left to train, the part that the measurement may take, and its seconds at most.
+_SHARE, _BUDGET = 0.05, 4.0
+#: Seconds of a step from which one site keeps a processor busy.
+_BUSY = 0.1
 #: What is not faster by this factor is not worth it.
 _PAYS = 1.1
 
@@ -86,28 +90,51 @@ def measured(lessons: Sequence[Lesson]) -> Decision:
         return Decision(1, why=why)
     try:
         rehearsals = [_rehearsal(lesson) for lesson in lessons[:MOST]]
-        if not _same(rehearsals[:2]):
-            return Decision(1, same=False)
-        # Where steps are slow, fewer sites and one look at each size must do.
-        one = _seconds(rehearsals[:2], 1) * _STEPS
-        times = _TIMES if one * _TIMES * 2 * len(_SIZES) < _BUDGET else 1
-        rehearsals = rehearsals[: max(2, int(_BUDGET / (one * times * len(_SIZES))))]
-        sizes = sorted({size for size in (*_SIZES, len(rehearsals)) if size <= len(rehearsals)})
-        if not _same(rehearsals):
-            return Decision(1, same=False)
-        seconds: dict[int, list[float]] = {size: [] for size in (1, *sizes)}
-        for _ in range(times):
-            for size, found in seconds.items():
-                found.append(_seconds(rehearsals, size))
+        _rehearse(rehearsals[:1], 1)  # what comes first takes longer
+        step, _ = _rehearse(rehearsals[:2], 1)
+        if step > _BUSY and lessons[0].resident.device.type == "cpu":
+            return Decision(1, why=f"a step of one site, {1000 * step:.0f} ms, keeps the processor busy")
+        budget = min(_BUDGET, _SHARE * step * _steps_left(lessons[0].config, lessons[0].round))
+        # At the least as many sites once in one and once one after another.
+        rehearsals = rehearsals[: int(budget / (2 * _STEPS * step))]
+        if len(rehearsals) < 2:
+            return Decision(1, why="too little is left to train for a measurement to pay")
+        sizes = sorted({size for size in (*_SIZES, len(rehearsals)) if size <= len(rehearsals)}, reverse=True)
+        return _compared(rehearsals, [sizes[0], 1, *sizes[1:]], budget)
     except CannotShareError as error:
         return Decision(1, why=one_line(error))
     except Exception as error:
         # The training itself will say what is wrong.
         return Decision(1, why=f"nothing could be measured ({type(error).__name__})")
-    medians = {size: statistics.median(found) for size, found in seconds.items()}
-    best = min(sizes, key=lambda size: medians[size])
+
+
+def _compared(lessons: Sequence[Lesson], sizes: Sequence[int], budget: float) -> Decision:
+    """The best of ``sizes``, by a look at the first two of them and at as many more as ``budget`` seconds allow."""
+    seconds: dict[int, list[float]] = {}
+    alone: list[AdapterState] = []
+    together: list[list[AdapterState]] = []
+    began = time.perf_counter()
+    for number, size in enumerate([*sizes] * _TIMES):
+        if number >= 2 and time.perf_counter() - began > budget:
+            break
+        found, states = _rehearse(lessons, size)
+        if size == 1:
+            alone = states
+        elif size not in seconds:
+            together.append(states)
+        seconds.setdefault(size, []).append(found)
+    if any(states != alone for states in together):
+        return Decision(1, same=False)
+    medians = {size: statistics.median(found) for size, found in sorted(seconds.items())}
+    best = min((size for size in medians if size > 1), key=lambda size: medians[size])
     speed = medians[1] / medians[best]
     return Decision(best if speed >= _PAYS else 1, speed, steps=tuple(medians.items()))
+
+
+def _steps_left(config: RunConfig, round: int) -> int:
+    """Steps of all sites that the run has still to take."""
+    sites = config.server.sites_per_round or len(config.site_names)
+    return (config.rounds - round + 1) * sites * config.train.local_steps
 
 
 def _rehearsal(lesson: Lesson) -> Lesson:
@@ -124,22 +151,20 @@ def _rehearsal(lesson: Lesson) -> Lesson:
     )
 
 
-def _same(lessons: Sequence[Lesson]) -> bool:
-    together = train_in_one(lessons)
-    alone = [lesson.train() for lesson in lessons]
-    return all(isinstance(a, Trained) and a.state == b.state for a, b in zip(together, alone, strict=True))
-
-
-def _seconds(lessons: Sequence[Lesson], size: int) -> float:
-    """Seconds that a site's step takes with ``size`` sites in one."""
-    some = lessons[: max(size, len(lessons) // size * size)]
+def _rehearse(lessons: Sequence[Lesson], size: int) -> tuple[float, list[AdapterState]]:
+    """Seconds that a site's step takes with ``size`` sites in one, and the adapters that came out."""
     began = time.perf_counter()
-    if size == 1:
-        for lesson in some:
-            lesson.train()
-    else:
-        for start in range(0, len(some), size):
-            train_in_one(some[start : start + size])
+    results: list[Trained | Exception] = []
+    for start in range(0, len(lessons), size):
+        some = lessons[start : start + size]
+        results += train_in_one(some) if size > 1 else [lesson.train() for lesson in some]
     if lessons[0].resident.device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (len(some) * _STEPS)
+    seconds = (time.perf_counter() - began) / (len(lessons) * _STEPS)
+    return seconds, [_state(result) for result in results]
+
+
+def _state(result: Trained | Exception) -> AdapterState:
+    if isinstance(result, Exception):
+        raise result
+    return result.state

@@ -33,7 +33,7 @@ def sweep(
     skip_refused: Annotated[bool, typer.Option("--skip-refused", help="Leave out points that cannot run.")] = False,
     engine: Annotated[str, typer.Option(help="auto, inprocess, workers, or flower (Flower's runtime).")] = "inprocess",
     threads: Annotated[int, typer.Option(help="Threads of each process; 0: cores divided by processes.")] = 0,
-    cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 1,
+    cohort: Annotated[int, typer.Option(help="Sites that train in one pass; 0: what a measurement finds.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json and nothing else.")] = False,
 ) -> None:
     """Run all combinations of a grid over several seeds, baselines beside them; stopped, the same command goes on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -435,8 +436,16 @@ def test_no_more_train_in_one_than_asked_for(lessons: Make, monkeypatch: pytest.
 # What a measurement decides
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> None:
-    monkeypatch.setattr(deciding, "_seconds", lambda lessons, size: seconds(size))
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
+    """Have rehearsals take what ``seconds`` says; the sizes as they are rehearsed."""
+    rehearse, sizes = deciding._rehearse, []
+
+    def rehearsed(lessons: Sequence[Lesson], size: int) -> tuple[float, list[AdapterState]]:
+        sizes.append(size)
+        return seconds(size), rehearse(lessons, size)[1]
+
+    monkeypatch.setattr(deciding, "_rehearse", rehearsed)
+    return sizes
 
 
 def test_the_fastest_size_is_taken_where_the_bits_are_the_same(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +453,7 @@ def test_the_fastest_size_is_taken_where_the_bits_are_the_same(lessons: Make, mo
     cohort = Cohort(0)
     told: list[Decision] = []
     cohort.on_decision = told.append
-    made = lessons()
+    made = lessons(rounds=1000)
     assert cohort.most > 1
     hold(made, train_together(made, cohort))
     assert told == [cohort.decision]
@@ -457,22 +466,44 @@ def test_the_fastest_size_is_taken_where_the_bits_are_the_same(lessons: Make, mo
 
 def test_what_is_hardly_faster_is_not_taken(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, lambda size: {1: 0.010, 2: 0.0098, 4: 0.0095}[size])
-    found = deciding.measured(lessons())
+    found = deciding.measured(lessons(rounds=1000))
     assert (found.size, found.same) == (1, True)
     assert found.text.startswith("cohort 1: several sites in one pass are 1.1 times as fast")
 
 
 def test_other_bits_are_never_taken_however_fast(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed(monkeypatch, lambda size: 1.0 / size)
+    timed(monkeypatch, lambda size: 0.01 / size)
     plain = train_in_one
 
     def rounded(some: Sequence[Lesson]) -> list[Trained | Exception]:
         return [replace(result, state=result.state * (1 + 1e-6)) for result in trained(plain(some))]
 
     monkeypatch.setattr(deciding, "train_in_one", rounded)
-    found = deciding.measured(lessons())
+    found = deciding.measured(lessons(rounds=100))
     assert (found.size, found.same) == (1, False)
     assert "round otherwise" in found.text
+
+
+def test_a_short_run_pays_for_a_short_measurement_or_none(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = timed(monkeypatch, lambda size: 0.01 / size)
+    config = lessons()[0].config
+    # A twentieth of the steps that are left; two sites take two steps together and two alone, each.
+    rounds = math.ceil(8 / (0.05 * len(config.site_names) * config.train.local_steps))
+    found = deciding.measured(lessons(rounds=rounds))
+    assert (found.size, found.why) == (1, "too little is left to train for a measurement to pay")
+    assert sizes == [1, 1]
+    assert deciding.measured(lessons(rounds=rounds + 1)).size == 2
+    assert sizes[2:6] == [1, 1, 2, 1]
+    assert deciding.measured(lessons(rounds=2 * rounds + 1)).size == 4
+
+
+def test_where_one_site_keeps_a_processor_busy_nothing_more_is_measured(
+    lessons: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = timed(monkeypatch, lambda size: 0.25)
+    found = deciding.measured(lessons(rounds=1000))
+    assert found == Decision(1, why="a step of one site, 250 ms, keeps the processor busy")
+    assert sizes == [1, 1]
 
 
 def test_a_measurement_touches_nothing_of_the_sites(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +516,7 @@ def test_a_measurement_touches_nothing_of_the_sites(lessons: Make, monkeypatch: 
     def untouchable(step: int, loss: float | None) -> None:
         raise AssertionError("told")
 
-    made = [replace(rule(Untouchable, lesson), on_step=untouchable) for lesson in lessons(private=True)]
+    made = [replace(rule(Untouchable, lesson), on_step=untouchable) for lesson in lessons(private=True, rounds=1000)]
     found = deciding.measured(made)
     assert (found.size, found.same, found.why) == (4, True, "")
 
@@ -499,7 +530,7 @@ def test_where_nothing_can_be_shared_the_decision_says_why(lessons: Make) -> Non
 
 
 def test_a_measurement_takes_real_steps(lessons: Make) -> None:
-    found = deciding.measured(lessons(sizes=(20, 20, 20)))
+    found = deciding.measured(lessons(sizes=(20, 20, 20), rounds=1000))
     assert found.same and {size for size, _ in found.steps} == {1, 2, 3}
     assert all(seconds > 0 for _, seconds in found.steps)
     steps = dict(found.steps)

@@ -181,5 +181,13 @@ def test_auto_says_what_it_picked_and_run_json_keeps_it(
     notes = tinyfederation.Notes()
     run = runs.simulate(tiny_federation.config(rounds=1), tmp_path / "run", execution=Execution("auto"), watch=notes)
     why = "about 0 s of arithmetic for one core are not worth more processes"
+    alone = "cohort 1: too little is left to train for a measurement to pay"
     assert notes.texts[0] == f"engine inprocess, 1 thread: {why}"
-    assert run["execution"] == {"engine": "inprocess", "workers": 1, "threads": 1, "cohort": 1, "why": why}
+    assert run["execution"] == {
+        "engine": "inprocess",
+        "workers": 1,
+        "threads": 1,
+        "cohort": 1,
+        "why": why,
+        "cohort_why": alone,
+    }
