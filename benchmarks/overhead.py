@@ -7,7 +7,8 @@ The bare loop takes the same number of steps on batches of the same sizes with t
 optimizer, nothing else. With privacy it also draws the batch by Poisson sampling, clips each example's gradient with
 the same engine (attached once), adds the noise and nothing else: no accounting, no ledger. The engine's seconds are
 those that the run gives to its training rounds: instruction, policy, ledger, training, gate, audit log, wire and
-aggregation, one site after another. Both are timed in one process, in turns; the medians count. Memory by the number of sites: scale.py.
+aggregation, one site after another. Both are timed in one process, in turns; the medians count. Memory by the number
+of sites: scale.py.
 """
 
 from __future__ import annotations

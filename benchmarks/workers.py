@@ -4,11 +4,12 @@
     python benchmarks/workers.py --short     one trial of less, to see that it works; writes nothing
 
 Two jobs: 40 sites of an untrained two-layer BERT whose steps take about 10 ms, and four hospitals of the quickstart
-with MiniLM. Every process computes with one thread, one site after another. One trial runs each engine once, in turns;
-the ratio of two engines is taken within a trial, and its median over the trials is what counts. A round's seconds are those of its training,
-the first round left out; the start is the time until the sites have joined; memory is the sum over all processes of a
-run of their proportional share (PSS), so that what they share counts once. In process with a thread a core is there to
-see what workers win over the threads of one process: other threads, other bits.
+with MiniLM. Every process computes with one thread, one site after another. One trial runs each engine once, in
+turns; the ratio of two engines is taken within a trial, and its median over the trials is what counts. A round's
+seconds are those of its training, the first round left out; the start is the time until the sites have joined; memory
+is the sum over all processes of a run of their proportional share (PSS), so that what they share counts once. In
+process with a thread a core is there to see what workers win over the threads of one process: other threads, other
+bits.
 """
 
 from __future__ import annotations
