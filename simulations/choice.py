@@ -87,7 +87,7 @@ def choose(
     asked = execution.threads or (before or {}).get("threads", 0)
     pinned = asked or _pinned()
     most = min(len(config.site_names), _gpus(config) or max(1, cores() // (pinned or 1)))
-    count = torchrun.ranks() or execution.workers or most
+    count = torchrun.ranks() or min(execution.workers or most, len(config.site_names))
     engine: Engine = execution.engine
     why = "asked for"
     if engine == "auto":
