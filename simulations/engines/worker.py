@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import socket
 import sys
 import threading
@@ -208,7 +209,10 @@ def main() -> None:
         os.close(end)
     while children:
         child, status = os.wait()
-        os.write(report, json.dumps([children.pop(child), os.waitstatus_to_exitcode(status)]).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the server is gone
+            os.write(report, json.dumps([children.pop(child), os.waitstatus_to_exitcode(status)]).encode() + b"\n")
+    # Whoever made it may have been killed.
+    shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -382,9 +382,13 @@ def test_a_killed_server_leaves_no_worker_behind_and_the_run_can_be_resumed_on_a
     server = started(scenario, tmp_path / "run")
     left = psutil.Process(server.pid).children(recursive=True)
     assert len(left) == 3
+    line = left[0].cmdline()
+    place = Path(line[line.index("fedgraft.simulations.engines.worker") + 1]).parent
+    assert place.is_dir()
     server.kill()
     server.wait()
     assert psutil.wait_procs(left, timeout=5)[1] == []
+    assert not place.exists()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     whole = tiny_federation.run(tiny_federation.config(rounds=40), tmp_path / "whole")
     for folder, execution in (("run", Execution("workers", workers=3, threads=1)), ("copy", Execution())):
