@@ -514,6 +514,13 @@ class RunConfig(Section):
                 f"{fault} lets sites miss rounds, and server.quorum 0 demands all of them; set server.quorum to the "
                 "answers that make a round count, such as 1"
             )
+        if any(site.attack == "nan" for site in self.data.sites) and (
+            self.server.upload == "int8" or self.server.entropy_coding
+        ):
+            raise ValueError(
+                'data.sites[].attack "nan": whole numbers and coded ones have no NaN; set server.upload = "plain" and '
+                "server.entropy_coding = false"
+            )
         if self.privacy.enabled and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision fp16 needs loss scaling, which would rescale the clipping; use bf16 or fp32"

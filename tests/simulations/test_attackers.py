@@ -126,6 +126,18 @@ def test_every_attack_that_the_configuration_takes_is_known(tiny_federation: Any
     assert isinstance(attacking(None, config, TRAINING), Attacker)
 
 
+@pytest.mark.parametrize("form", [{"server.upload": "int8"}, {"server.entropy_coding": True}])
+def test_a_form_that_cannot_carry_nan_is_refused_for_a_site_that_sends_it(
+    tiny_federation: Any, form: dict[str, Any]
+) -> None:
+    sites = {"data.sites": [{"name": "east", "attack": "nan"}, "north"], "server.quorum": 1}
+    assert tiny_federation.config(**sites).site("east").attack == "nan"
+    with pytest.raises(
+        UserError, match=r'data\.sites\[\]\.attack "nan": whole numbers and coded ones have no NaN; set'
+    ):
+        tiny_federation.config(**sites, **form)
+
+
 def test_a_site_of_its_own_refuses_a_run_with_attackers(tiny_federation: Any) -> None:
     """A deployed site has a policy; what it does not say is forbidden."""
     sites = [{"name": "east", "attack": "scale:10"}, "north"]
