@@ -52,7 +52,7 @@ class Decision:
         if not self.same:
             return "cohort 1: several sites in one pass round otherwise here than one after another"
         if self.size == 1:
-            return f"cohort 1: several sites in one pass are {self.speed:.1f} times as fast as one after another here"
+            return f"cohort 1: several sites in one pass are {self.speed:.2f} times as fast as one after another here"
         return f"cohort {self.size}: {self.speed:.1f} times as fast as one after another, same bits"
 
 

@@ -468,7 +468,7 @@ def test_what_is_hardly_faster_is_not_taken(lessons: Make, monkeypatch: pytest.M
     timed(monkeypatch, lambda size: {1: 0.010, 2: 0.0098, 4: 0.0095}[size])
     found = deciding.measured(lessons(rounds=1000))
     assert (found.size, found.same) == (1, True)
-    assert found.text.startswith("cohort 1: several sites in one pass are 1.1 times as fast")
+    assert found.text.startswith("cohort 1: several sites in one pass are 1.05 times as fast")
 
 
 def test_other_bits_are_never_taken_however_fast(lessons: Make, monkeypatch: pytest.MonkeyPatch) -> None:
