@@ -104,7 +104,12 @@ class BufferSlot(ABC):
     def outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         target, fresh = self.target()
         kind = target.dtype
-        target.baddbmm_(a.to(kind).transpose(1, 2), b.to(kind), beta=0 if fresh else 1)
+        # Into memory of its own first: straight into rows that lie apart, each would be a product by itself.
+        product = torch.bmm(a.to(kind).transpose(1, 2), b.to(kind))
+        if fresh:
+            target.copy_(product)
+        else:
+            target.add_(product)
 
     def add(self, rows: torch.Tensor) -> None:
         target, fresh = self.target()
