@@ -10,8 +10,8 @@ adapter (to 1e-5: Ray's actors answer in any order, but updates are added in the
 
 Overhead is wall time minus arithmetic, and arithmetic is a bare PyTorch loop of the same steps on one thread, timed
 before each run. Ray shares the steps among its actors, one a core, so that part of the arithmetic that is subtracted
-from its time was never in it: the ratio errs in Ray's favour. Told for the run alone, and for the whole process with
-its imports.
+from its time was never in it: the ratio errs in Ray's favour. Medians count. Told for the run alone, and for the whole
+process with its imports.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ ROUNDS, RECORDS = 3, 40
 TOLERANCE = 1e-5
 #: How often the ways take turns, by the number of sites.
 REPEATS = {10: 3, 100: 1}
+#: Runs in process at each of its turns, for they are short.
+IN_PROCESS = 3
 
 
 def job(folder: Path, sites: int) -> RunConfig:
@@ -129,18 +131,19 @@ def child(way: str, folder: Path) -> dict[str, Any]:
 
 def compare(sites: int, repeats: int) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    arithmetic = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = job(folder, sites)
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        bare_loop(config)
+        loop = bare_loop(config)
+        loop()
         for number in range(repeats):
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
-                arithmetic.append(bare_loop(config))
-                runs[way].append(child(way, folder))
-                print(f"{sites} sites, {way}: {runs[way][-1]['run']:.1f} s", file=sys.stderr)
-    steps = statistics.median(arithmetic)
+                for _ in range(IN_PROCESS if way == "inprocess" else 1):
+                    arithmetic = loop()
+                    runs[way].append({"arithmetic": arithmetic, **child(way, folder)})
+                    print(f"{sites} sites, {way}: {runs[way][-1]['run']:.1f} s", file=sys.stderr)
+    steps = statistics.median(each["arithmetic"] for found in runs.values() for each in found)
     first = runs["inprocess"][0]["state"]
     lines = {}
     for way, found in runs.items():
@@ -148,14 +151,16 @@ def compare(sites: int, repeats: int) -> dict[str, Any]:
         if apart > TOLERANCE:
             raise SystemExit(f"{way} ended {apart:.2g} away from the in-process run")
         lines[way] = {
-            "run_seconds": round(statistics.median(each["run"] for each in found), 2),
-            "run_overhead_seconds": round(statistics.median(each["run"] for each in found) - steps, 2),
-            "process_seconds": round(statistics.median(each["process"] for each in found), 2),
-            "process_overhead_seconds": round(statistics.median(each["process"] for each in found) - steps, 2),
-            "away_from_inprocess": apart,
+            f"{what}_{part}": round(statistics.median(of(each) for each in found), 2)
+            for what in ("run", "process")
+            for part, of in (
+                ("seconds", lambda each, what=what: each[what]),
+                ("overhead_seconds", lambda each, what=what: each[what] - each["arithmetic"]),
+            )
         }
+        lines[way]["away_from_inprocess"] = apart
     if lines["inprocess"]["run_overhead_seconds"] <= 0:
-        raise SystemExit(f"the machine is too busy to time anything: arithmetic took {arithmetic} s")
+        raise SystemExit(f"the machine is too busy to time anything: arithmetic took {steps:.2f} s")
     for way in WAYS[1:]:
         for what in ("run", "process"):
             key = f"{what}_overhead_seconds"
