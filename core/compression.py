@@ -53,7 +53,7 @@ def coded(array: np.ndarray) -> bytes:
     return zlib.compress(np.ascontiguousarray(planes).tobytes(), level=6)
 
 
-def decoded(content: bytes, dtype: np.dtype, size: int) -> np.ndarray:
+def decoded(content: bytes | memoryview, dtype: np.dtype, size: int) -> np.ndarray:
     """The ``size`` numbers that :func:`coded` packed. Never inflates more than they take.
 
     Raises :class:`UserError` when ``content`` is anything else.

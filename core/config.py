@@ -73,21 +73,27 @@ class MethodConfig(Section):
     rank: int = Field(8, ge=1, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA factors")
-    target_modules: tuple[str, ...] = Field((), description="module names; empty: the method's default for the model")
-    layers: tuple[int, ...] = Field((), description="layer indices to adapt; empty: all (LoRA family)")
+    target_modules: tuple[str, ...] = Field(
+        (), fail_fast=True, description="module names; empty: the method's default for the model"
+    )
+    layers: tuple[int, ...] = Field((), fail_fast=True, description="layer indices to adapt; empty: all (LoRA family)")
     virtual_tokens: int = Field(20, ge=1, description="length of a prefix or prompt")
     init: Literal["", "svd", "orthonormal"] = Field(
         "", description="A (and a frozen B) from the base weight's singular vectors, or drawn; empty: the method's own"
     )
     heads: int = Field(0, ge=0, description="heads of ravan; 0: four")
-    experts: tuple[str, ...] = Field((), description="PEFT folders of the adapters that adapterfusion attends over")
+    experts: tuple[str, ...] = Field(
+        (), fail_fast=True, description="PEFT folders of the adapters that adapterfusion attends over"
+    )
 
 
 class TaskConfig(Section):
     """What is learned, and what an example looks like."""
 
     name: str = Field("sequence-classification", description="or causal-lm, image-classification")
-    labels: tuple[str, ...] = Field((), description="the label set, in order; empty: the data source's own")
+    labels: tuple[str, ...] = Field(
+        (), fail_fast=True, description="the label set, in order; empty: the data source's own"
+    )
     max_length: int = Field(64, ge=2, description="tokens kept of a text")
 
     @field_validator("labels")
@@ -267,7 +273,7 @@ class SizesConfig(Section):
     exponent: float = Field(1.0, gt=0, description="of the power law; the largest site is drawn, not the first")
     sigma: float = Field(1.0, gt=0, description="of the log-normal law")
     fractions: tuple[float, ...] = Field(
-        (), description="each site's share of the records, in the order of their names"
+        (), fail_fast=True, description="each site's share of the records, in the order of their names"
     )
     minimum: int = Field(
         2, ge=1, description="patients (records, where none are named) that a site is dealt at least, for training"
@@ -308,7 +314,9 @@ class SiteConfig(Section):
     joins: int = Field(1, ge=1, description="simulations only: first round that it is there")
     leaves: int = Field(0, ge=0, description="simulations only: first round that it is gone for good; 0: never")
     crashes: tuple[int, ...] = Field(
-        (), description="simulations only: rounds in which its process dies in the middle of the training"
+        (),
+        fail_fast=True,
+        description="simulations only: rounds in which its process dies in the middle of the training",
     )
     straggler: bool = Field(False, description="simulations only: every training of it is late")
     speed: float = Field(
@@ -372,7 +380,9 @@ class SimulationConfig(Section):
         "", description="what runs in the federation's place, to compare it with; see docs/sweeps.md"
     )
     pooled: tuple[SiteConfig, ...] = Field(
-        (), description="the sites whose records the one site has together, in the baselines central and full"
+        (),
+        fail_fast=True,
+        description="the sites whose records the one site has together, in the baselines central and full",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the rounds in which a site is away")
     availability: Literal["bernoulli", "markov", "daily"] = Field(
@@ -421,7 +431,9 @@ class DataConfig(Section):
     source: str = Field("files", description="files, or a built-in source such as icd10")
     path: str = Field("", description="one CSV, JSONL, Parquet file or image folder that is dealt to the sites")
     sites: tuple[SiteConfig, ...] = Field(
-        min_length=1, description="names, or tables `[[data.sites]]`, or how many (site-01, site-02, ...)"
+        min_length=1,
+        fail_fast=True,
+        description="names, or tables `[[data.sites]]`, or how many (site-01, site-02, ...)",
     )
     partition: str = Field(
         "dirichlet",
@@ -443,12 +455,15 @@ class DataConfig(Section):
 
     @field_validator("sites", mode="before")
     @classmethod
-    def _names_are_sites(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
+    def _names_are_sites(cls, value: Any, info: ValidationInfo) -> Any:
+        # A job lists its sites: one number in it would have whoever reads it make room for a million.
+        if isinstance(value, int) and not isinstance(value, bool) and info.mode != "json":
             if not 1 <= value <= _MOST_SITES:
                 raise ValueError(f"{value} sites: 1 to {_MOST_SITES:,} can be")
             return [{"name": f"site-{number:0{len(str(value))}d}"} for number in range(1, value + 1)]
         if isinstance(value, list | tuple):
+            if len(value) > _MOST_SITES:
+                raise ValueError(f"{len(value)} sites: 1 to {_MOST_SITES:,} can be")
             return [{"name": site} if isinstance(site, str) else site for site in value]
         return value
 
@@ -677,7 +692,8 @@ _WORDS = {
 
 
 def _explain(error: ValidationError, where: str) -> UserError:
-    first = error.errors()[0]
+    # Of all of them, since pydantic gives no other way to the first: without what would make each large.
+    first = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return UserError(f"{where}: unknown key `{key}`{_nearest(key)}")

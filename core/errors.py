@@ -7,7 +7,11 @@ _LONGEST = 1000
 
 def _printable(text: object) -> str:
     """``text`` on one line, without control characters, shortened in the middle: its end says the mend."""
-    line = " ".join(str(text).split())
+    said = str(text)
+    if len(said) > 8 * _LONGEST:
+        # What the other end of the wire called something may be as long as its message.
+        said = f"{said[: 4 * _LONGEST]} {said[-4 * _LONGEST :]}"
+    line = " ".join(said.split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

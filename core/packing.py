@@ -25,11 +25,19 @@ from .compression import coded, decoded, largest, quantise, restored
 from .errors import UserError
 
 VERSION = 2
+#: No message is larger, in bytes, and no array of it once inflated.
+LIMIT = 2 << 30
+#: The texts of a message together take no more than one part of this many: read, they grow.
+_TEXTS = 64
 #: What :func:`agree` came to last: both ends ask anew with every message.
 _AGREED: OrderedDict[tuple[object, ...], AdapterSpec] = OrderedDict()
 #: Tables of contents that were read last, by their text.
 _READ: OrderedDict[str, Table] = OrderedDict()
 _KEEP = 64
+#: Longer texts are read anew each time, so that a stranger's do not stay in memory.
+_KEPT_TEXT = 1 << 18
+#: Beyond any tensor; sizes stay numbers that a processor multiplies at once.
+_MOST_AXES, _LONGEST_AXIS = 8, 1 << 40
 _POLICIES: tuple[Policy, ...] = ("freeze", "local", "receive")
 FORMS = ("plain", "int8", "topk")
 _LARGEST_STEP = float(np.finfo(np.float32).max)
@@ -72,7 +80,11 @@ class Table:
         # A message's table is asked for by whoever handles it: the gate, the audit log, the server of a simulation.
         found = _READ.get(text)
         if found is None:
-            found = _READ[text] = cls._read(text, sender)
+            if isinstance(text, str) and len(text) > most_text():
+                raise UserError(f"{sender}: the adapter's table of contents takes {len(text)} bytes, too many")
+            found = cls._read(text, sender)
+            if len(text) <= _KEPT_TEXT:
+                _READ[text] = found
             while len(_READ) > _KEEP:
                 _READ.popitem(last=False)
         return found
@@ -95,10 +107,10 @@ class Table:
             odd = sorted(set(values) ^ expected)[0]
             raise UserError(f"{sender}: the adapter's table of contents has an unknown or missing entry `{odd}`")
         try:
-            tensors = tuple((_text(name), _naturals(shape)) for name, shape in _list(values["tensors"]))
+            tensors = tuple((_text(name), _shape(shape)) for name, shape in _list(values["tensors"]))
             positions: dict[str, Any] = {key: _naturals(values[key]) for key in _POLICIES}
             extras = tuple(
-                (_text(name), _naturals(shape), _text(dtype), _text(role))
+                (_text(name), _shape(shape), _text(dtype), _text(role))
                 for name, shape, dtype, role in _list(values["extras"])
             )
             for name, shape, dtype, role in extras:
@@ -107,11 +119,16 @@ class Table:
             if texts["wire"] not in ("fp32", "fp16", "bf16") or texts["form"] not in FORMS:
                 raise ValueError("not a wire dtype or form")
             steps = tuple(_step(step) for step in _list(values["steps"]))
-            (kept,) = _naturals([values["kept"]])
+            (kept,) = _shape([values["kept"]])
             coded = tuple(_text(key) for key in _list(values["coded"]))
         except (TypeError, ValueError):
             raise UserError(f"{sender}: the adapter's table of contents is malformed") from None
         return cls(VERSION, tensors=tensors, extras=extras, steps=steps, kept=kept, coded=coded, **positions, **texts)
+
+
+def most_text() -> int:
+    """How long the texts of a message may be together."""
+    return LIMIT // _TEXTS
 
 
 def _list(value: object) -> list[Any]:
@@ -137,6 +154,13 @@ def _naturals(value: object) -> tuple[int, ...]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("not natural numbers")
     return tuple(numbers)
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    numbers = _naturals(value)
+    if len(numbers) > _MOST_AXES or max(numbers, default=0) > _LONGEST_AXIS:
+        raise ValueError("not a shape")
+    return numbers
 
 
 def _to_bf16(array: np.ndarray) -> np.ndarray:
@@ -259,11 +283,11 @@ def agree(table: Table, spec: AdapterSpec, sender: str) -> AdapterSpec:
     if key not in _AGREED:
         extras = [TensorSpec(name, shape, dtype, role) for name, shape, dtype, role in table.extras]
         own = spec.bare
-        twice = [
-            extra.name for at, extra in enumerate(extras) if extra.name in (*own.names, *(e.name for e in extras[:at]))
-        ]
-        if twice:
-            raise UserError(f"{sender}: tensor {twice[0]} is described twice")
+        described = set(own.names)
+        for extra in extras:
+            if extra.name in described:
+                raise UserError(f"{sender}: tensor {extra.name} is described twice")
+            described.add(extra.name)
         agreed = own.with_extras(extras)
         if max((*table.freeze, *table.local, *table.receive), default=-1) >= len(agreed.tensors):
             raise UserError(f"{sender}: the adapter has more tensors than this end's {spec.method} adapter")
@@ -373,8 +397,10 @@ def _plain(arrays: Mapping[str, np.ndarray], table: Table, spec: AdapterSpec, se
         if key not in found or key not in numbers or found[key].dtype != np.uint8 or found[key].ndim != 1:
             raise UserError(f"{sender}: the packed {key} array is not the bytes that the table says")
         dtype, size = numbers[key]
+        if size * np.dtype(dtype).itemsize > LIMIT:
+            raise UserError(f"{sender}: the packed {key} array would inflate to {size} numbers, too many")
         try:
-            found[key] = decoded(found[key].tobytes(), np.dtype(dtype), size)
+            found[key] = decoded(np.ascontiguousarray(found[key]).data, np.dtype(dtype), size)
         except UserError as error:
             raise UserError(f"{sender}: {error}") from None
     if table.form != "plain" and set(found) != set(numbers):
@@ -397,23 +423,29 @@ def _changed(
     for name, shape in table.tensors:
         if name not in base or base[name].shape != shape or base[name].dtype != np.float32:
             raise UserError(f"{sender}: tensor {name} cannot have changed: it was not sent")
-    held = {name: base[name] for name in shapes}
-    flat = np.zeros(sum(array.size for array in held.values()))
+    total = sum(base[name].size for name in shapes)
     if table.form == "int8":
-        if len(table.steps) != len(held):
-            raise UserError(f"{sender}: {len(table.steps)} steps for {len(held)} tensors")
-        parts = zip(_split(arrays["int8"], held), table.steps, strict=True)
-        flat = np.concatenate([restored(levels, step) for levels, step in parts])
+        if len(table.steps) != len(shapes):
+            raise UserError(f"{sender}: {len(table.steps)} steps for {len(shapes)} tensors")
     else:
-        at = arrays["positions"].astype(np.int64)
-        if at.size and (at[-1] >= flat.size or (np.diff(at) <= 0).any()):
+        at = arrays["positions"]
+        if at.size and (at[-1] >= total or (at[1:] <= at[:-1]).any()):
             raise UserError(f"{sender}: the positions of its numbers are not ascending positions of the adapter")
-        flat[at] = arrays["values"]
-    with np.errstate(over="ignore"):
-        return {
-            name: (base[name].astype(np.float64) + part.reshape(shapes[name])).astype(np.float32)
-            for name, part in zip(held, _split(flat, held), strict=True)
-        }
+    tensors: dict[str, np.ndarray] = {}
+    start = 0
+    # One tensor at a time: float64 of all of them together would take a multiple of the message.
+    for number, (name, shape) in enumerate(shapes.items()):
+        end = start + base[name].size
+        if table.form == "int8":
+            change = restored(arrays["int8"][start:end], table.steps[number])
+        else:
+            first, last = np.searchsorted(at, (start, end))
+            change = np.zeros(end - start)
+            change[at[first:last].astype(np.int64) - start] = arrays["values"][first:last]
+        with np.errstate(over="ignore", invalid="ignore"):
+            tensors[name] = (base[name].astype(np.float64) + change.reshape(shape)).astype(np.float32)
+        start = end
+    return tensors
 
 
 def _cut(arrays: Mapping[str, np.ndarray], table: Table, spec: AdapterSpec, sender: str) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
+from . import packing
 from .adapter import AdapterSpec, AdapterState
 from .errors import PrivateError, UserError, one_line
 from .packing import Table, pack, pack_change, unpack
@@ -45,6 +46,9 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 NEEDS_STATE = "needs-state"
 #: The arrays that packing makes.
 _DTYPES = ("float32", "float64", "float16", "int16", "int8", "uint8", "uint32")
+#: What NumPy may take for the head of an array of few dimensions.
+_HEAD = 1 << 12
+_HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 #: Texts from this length on are measured once.
 _LONG = 1000
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
@@ -151,15 +155,17 @@ def _numbers(key: str, array: Array, sender: str) -> np.ndarray:
     try:
         if array.stype != SType.NUMPY:
             raise TypeError(f"its serialisation is {array.stype}")
-        stream = io.BytesIO(array.data)
-        found = np.load(stream)  # which unpickles nothing unless told to
+        stream = io.BytesIO(array.data[:_HEAD])
+        shape, column_wise, dtype = _HEADS[np.lib.format.read_magic(stream)](stream)
     except Exception as error:
         raise UserError(f"{sender}: the packed {key} array cannot be read: {one_line(error)}") from None
-    if not isinstance(found, np.ndarray):
-        raise UserError(f"{sender}: the packed {key} array is an archive, not an array")
-    if stream.read(1):
-        raise UserError(f"{sender}: the packed {key} array holds more than its numbers")
-    return found
+    if dtype.name not in _DTYPES or (column_wise and len(shape) > 1):
+        raise UserError(f"{sender}: the packed {key} array holds {dtype.name}, which is never sent")
+    # np.load would make room for whatever the head declares before it reads a number.
+    declared, there = math.prod(shape) * dtype.itemsize, len(array.data) - stream.tell()
+    if min(shape, default=0) < 0 or declared != there:
+        raise UserError(f"{sender}: the packed {key} array declares {declared} bytes of numbers and holds {there}")
+    return np.frombuffer(array.data, dtype, math.prod(shape), stream.tell()).reshape(shape)
 
 
 @lru_cache(maxsize=64)
@@ -267,8 +273,10 @@ def decode_answer(content: RecordDict, kind: Kind, sender: str) -> Answer:
     for key, value in (record_of(content, "metrics", MetricRecord) or {}).items():
         if key not in METRICS[kind]:
             raise UserError(f"{name}: undeclared metric `{key}`")
-        if isinstance(value, list) or not _plausible(value):
-            raise UserError(f"{name}: metric `{key}` is {value}")
+        if isinstance(value, list):
+            raise UserError(f"{name}: metric `{key}` is a list")
+        if not _plausible(value):
+            raise UserError(f"{name}: metric `{key}` is {_shown(value)}")
         metrics[key] = value
     facts = dict(record_of(content, "facts", ConfigRecord) or {})
     if set(facts) - {"spec", "fingerprint"} or not all(isinstance(value, str) for value in facts.values()):
@@ -294,9 +302,16 @@ def _decode_privacy(content: RecordDict, site: str) -> PrivacyStatement | None:
     for key, default in _STATEMENT.items():
         value: Any = record[key]
         if not _fits(key, value, default):
-            raise UserError(f"{site}: the entry `{key}` of its privacy statement is {value!r}")
+            raise UserError(f"{site}: the entry `{key}` of its privacy statement is {_shown(value)}")
         values[key] = type(default)(value)
     return PrivacyStatement(**values)
+
+
+def _shown(value: object) -> str:
+    """``value`` for people: Python refuses to write a number of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number of more than 64 bits"
+    return "a list" if isinstance(value, list) else repr(value)
 
 
 def _fits(key: str, value: object, default: object) -> bool:
@@ -310,11 +325,28 @@ def _fits(key: str, value: object, default: object) -> bool:
 
 
 def _refuse_undeclared(content: RecordDict, declared: Mapping[str, type], sender: str) -> None:
+    """Raise :class:`UserError` for a message that is too large, or for a record that is not declared."""
+    texts = arrays = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            arrays += sum(len(name) + len(array.data) for name, array in record.items())
+        else:
+            texts += sum(len(key) + _size(value) for key, value in record.items())
+    for size, most in ((texts, packing.most_text()), (arrays + texts, packing.LIMIT)):
+        if size > most:
+            raise UserError(f"{sender}: the message is too large: {size} bytes where at most {most} are read")
     for key in sorted(content):
         if key not in declared:
             raise UserError(f"{sender}: undeclared record `{key}` in the message")
         if not isinstance(content[key], declared[key]):
             raise UserError(f"{sender}: the record `{key}` is not a {declared[key].__name__}")
+
+
+def _size(value: object) -> int:
+    """About how many bytes an entry takes on the wire."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    return sum(map(_size, value)) if isinstance(value, list) else 8
 
 
 def _plausible(value: float) -> bool:

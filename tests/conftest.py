@@ -61,6 +61,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def fuzzing() -> ModuleType:
+    """The module `tests/fuzzing.py`: messages as a broken or hostile peer may send them."""
+    return _beside("fuzzing")
+
+
+@pytest.fixture(scope="session")
 def tinyfederation() -> ModuleType:
     """The module `tests/tinyfederation.py`: its labels, sites and helpers."""
     return _beside("tinyfederation")
