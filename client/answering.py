@@ -263,7 +263,7 @@ class SiteClient:
         if isinstance(error, UserError) and not private:
             why["why"] = one_line(error)
         if rule is not None:
-            why["rule"] = {"file": rule.file, "line": rule.line, "text": rule.text}
+            why["rule"] = rule.record
         return why
 
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:

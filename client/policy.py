@@ -19,9 +19,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from .. import __version__
 from ..core.config import RunConfig, Section
 from ..core.errors import PrivateError, UserError
 from ..privacy.ledger import Limit
+from .installed import installed_digest
 
 Release = Literal["none", "noised", "exact"]
 _MORE: tuple[str, ...] = ("none", "noised", "exact")
@@ -58,6 +60,11 @@ sizes = "exact"                # numbers of records and units, which weigh the s
 dp = true                      # false: updates may leave without differential privacy, without any bound
 secret_noise = true            # false: noise may come from a seed, which protects nobody
 honest = true                  # false: a job may have sites send what they did not learn (simulated attackers)
+
+[code]                         # what runs here: this site's own installation, never what a job brings
+version = ""                   # the fedgraft that must be installed; "": any
+sha256 = ""                    # the hash of its files, which `fedgraft policy code` prints; "": any
+bundles = []                   # hashes of app bundles that may hold code, which is not run here all the same
 """
 
 _UNRESTRICTED = """\
@@ -132,11 +139,20 @@ class Require(Section):
     honest: bool = True
 
 
+class Code(Section):
+    """What must be installed for anything to leave, and the app bundles that may hold more than configuration."""
+
+    version: str = ""
+    sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
+    bundles: tuple[str, ...] = ()
+
+
 class _File(Section):
     dataset: tuple[Dataset, ...] = Field(min_length=1)
     allow: Allow
     metrics: Metrics
     require: Require = Require()
+    code: Code = Code()
 
     @model_validator(mode="after")
     def _distinct(self) -> _File:
@@ -157,6 +173,11 @@ class Rule:
 
     def __str__(self) -> str:
         return f"line {self.line} ({self.shown})" if self.line else f"the default {self.shown}"
+
+    @property
+    def record(self) -> dict[str, str | int]:
+        """As the audit log has it."""
+        return {"file": self.file, "line": self.line, "text": self.text}
 
 
 class PolicyError(UserError):
@@ -213,6 +234,10 @@ class Policy:
     def require(self) -> Require:
         return self._rules.require
 
+    @property
+    def code(self) -> Code:
+        return self._rules.code
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the text."""
@@ -258,6 +283,10 @@ class Policy:
         def no(why: str, *key: str | int) -> PolicyError:
             return PolicyError(why, self.rule(*key))
 
+        if self.code.version not in ("", __version__):
+            yield no(f"fedgraft {__version__} is installed at the site", "code", "version")
+        if self.code.sha256 and self.code.sha256 != installed_digest():
+            yield no(f"the fedgraft installed at the site has the hash {installed_digest()}", "code", "sha256")
         if self.require.dp and not privacy.enabled:
             yield no("the job trains without differential privacy (privacy.enabled = false)", "require", "dp")
         if privacy.enabled:

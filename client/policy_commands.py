@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .. import __version__
 from ..core.config import load_config
 from ..core.errors import UserError
+from .installed import installed_digest
 from .policy import TEMPLATE, Policy, PolicyError, load_policy
 
 app = typer.Typer(help="Write and check the policy of a site.", no_args_is_help=True)
@@ -19,6 +21,12 @@ app = typer.Typer(help="Write and check the policy of a site.", no_args_is_help=
 def template() -> None:
     """Print a policy to fill in: fedgraft policy template > policy.toml"""
     print(TEMPLATE, end="")
+
+
+@app.command()
+def code() -> None:
+    """Print what is installed, as the lines of a policy's [code] that pin it."""
+    print(f'version = "{__version__}"\nsha256 = "{installed_digest()}"')
 
 
 @app.command()
@@ -61,6 +69,9 @@ def _summary(policy: Policy) -> list[str]:
         lines.append(f"  {name}: {value}")
     for name, value in policy.require:
         lines.append(f"  {name}: {'required' if value else 'NOT required'}")
+    lines.append(f"  version: {policy.code.version or 'any'}")
+    lines.append(f"  files: {policy.code.sha256 or 'any'}")
+    lines.append(f"  bundles with code: {', '.join(policy.code.bundles) or 'none'}")
     return lines
 
 
