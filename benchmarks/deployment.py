@@ -1,4 +1,4 @@
-"""What a deployment costs beside the arithmetic: seconds of a round and memory, the warm worker beside Flower's own way.
+"""What a deployment costs beside the arithmetic: seconds of a round, and memory, the warm worker beside Flower's way.
 
     python benchmarks/deployment.py                    three sites, MiniLM and LoRA, some ten minutes
     python benchmarks/deployment.py --tiny --rounds 2  a tiny model, to see that it runs
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
