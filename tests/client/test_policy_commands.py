@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedgraft import cli
-from fedgraft.client.policy import TEMPLATE, load_policy
+from fedgraft import __version__, cli
+from fedgraft.client.installed import installed_digest
+from fedgraft.client.policy import TEMPLATE, Policy, load_policy
 from fedgraft.client.resident import resident
 
 
@@ -124,3 +125,11 @@ def test_a_site_that_is_not_in_the_job_is_one_line(
     path = job()
     code, _, err = fedgraft("check", policy, "--job", path, "--site", "west")
     assert (code, err) == (2, f"fedgraft: {path}: has no site `west`; there are east, north, south\n")
+
+
+def test_the_lines_that_pin_what_is_installed_are_lines_of_a_policy(fedgraft: Callable[..., Any]) -> None:
+    code, out, _ = fedgraft("code")
+    assert code == 0
+    text = TEMPLATE.replace('version = ""', out.splitlines()[0]).replace('sha256 = ""', out.splitlines()[1])
+    pinned = Policy(text, "/srv/policy.toml").code
+    assert (pinned.version, pinned.sha256) == (__version__, installed_digest())
