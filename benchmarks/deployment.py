@@ -18,7 +18,6 @@ import csv
 import json
 import os
 import platform
-import secrets
 import signal
 import socket
 import statistics
@@ -32,6 +31,9 @@ from typing import Any
 
 import psutil
 import tomli_w
+
+from fedgraft.client.policy import unrestricted
+from fedgraft.client.warm.command import fresh_secret, supernode_options, worker_command
 
 RESULTS = Path(__file__).parent / "results"
 SITES = ("north", "east", "south")
@@ -83,6 +85,8 @@ class Loopback:
             **os.environ,
             "FLWR_HOME": str(folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
+            # Without a way out it holds every start up for most of a minute.
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **({} if way == "plain" else {_POLL: "0.1"}),
             **(environment or {}),
@@ -114,23 +118,12 @@ class Loopback:
     def begin_site(self, site: str) -> None:
         folder, runtime = self.sites[site].resolve(), f"127.0.0.1:{free_port()}"
         node = f'site="{site}" site-folder="{folder}"'
-        secret = self.folder / f"{site}.secret"
-        secret.write_bytes(secrets.token_bytes(32))
-        secret.chmod(0o600)
-        more = ("--isolation", "process", "--superexec-auth-secret-file", str(secret)) if self.way == "warm" else ()
+        secret = fresh_secret(folder)
+        more = supernode_options(secret) if self.way == "warm" else []
         command = ("flower-supernode", "--insecure", "--superlink", self._link, *_at(runtime), *more)
         self.begin(f"{site}-node", *command, "--node-config", node)
         if self.way == "warm":
-            self.begin_worker(site, runtime, secret)
-
-    def begin_worker(self, site: str, runtime: str, secret: Path) -> None:
-        options = {
-            "--folder": self.sites[site],
-            "--runtime-api-address": runtime,
-            "--superexec-auth-secret-file": secret,
-        }
-        listed = [str(part) for pair in options.items() for part in pair]
-        self.begin(f"{site}-worker", sys.executable, "-m", "fedgraft.client.warm", *listed)
+            self.begin(f"{site}-worker", *worker_command(folder, runtime, secret))
 
     def submit(self, config: Path, output: Path, files: Mapping[str, str] | None = None) -> None:
         """Have a job run; ``files``: what its bundle holds beside its configuration."""
@@ -258,8 +251,6 @@ def job(tiny: bool, rounds: int, scratch: Path) -> Any:
 
 
 def measured(way: str, config: Any, scratch: Path, seconds: float) -> dict[str, Any]:
-    from fedgraft.client.policy import unrestricted
-
     folder = scratch / way
     sites = make_sites(folder / "sites", config, unrestricted().text)
     output = folder / "run"
