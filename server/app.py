@@ -11,6 +11,7 @@ from ..core.config import RunConfig, load_config
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from .onlooker import NOBODY, Onlooker
+from .prompt import prompt
 from .rounds import Federation
 from .rundir import RunDirectory
 
@@ -27,7 +28,7 @@ def run_on(
 ) -> dict[str, object]:
     """Run a federation over ``grid`` into ``output`` and return its run.json."""
     with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
-        run = Federation(grid, config, rundir, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
+        run = Federation(prompt(grid), config, rundir, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
         return run.start()
 
 

@@ -1,0 +1,77 @@
+"""Replies are taken as they come, and as Flower's own grid would take them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedgraft.server.prompt import LOOK, prompt
+from fedgraft.simulations.engines.inprocess import InProcessGrid
+
+
+class Answering(HttpGrid):
+    """Flower's grid without its SuperLink: each message is answered some seconds after it was sent."""
+
+    def __init__(self, delays: dict[int, float]) -> None:
+        self.delays, self.due, self.looks = delays, {}, 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        now = time.monotonic()
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = str(number)
+            delay = self.delays[message.metadata.dst_node_id]
+            self.due[str(number)] = (now + delay, Message(RecordDict(), reply_to=message))
+        return list(self.due)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.looks += 1
+        now = time.monotonic()
+        return [self.due[key][1] for key in message_ids if self.due[key][0] <= now]
+
+    def get_node_ids(self) -> list[int]:
+        return [5]
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
+def sent(grid: Any, nodes: Iterable[int], timeout: float | None) -> tuple[list[int], float]:
+    began = time.monotonic()
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    return [reply.metadata.src_node_id for reply in replies], time.monotonic() - began
+
+
+def test_replies_come_in_their_order_and_soon() -> None:
+    found, seconds = sent(prompt(Answering({1: 0.3, 2: 0.0, 3: 0.1})), (1, 2, 3), None)
+    assert found[0] == 2 and sorted(found) == [1, 2, 3] and 0.3 <= seconds < 0.3 + 5 * LOOK < 3
+
+
+def test_who_does_not_answer_in_time_is_left_out() -> None:
+    found, seconds = sent(prompt(Answering({1: 60.0, 2: 0.0})), (1, 2), 0.5)
+    assert found == [2] and 0.5 <= seconds < 0.5 + 5 * LOOK
+
+
+def test_nobody_is_waited_for_where_nothing_is_sent() -> None:
+    grid = Answering({})
+    assert sent(prompt(grid), (), None)[0] == [] and grid.looks == 0
+
+
+def test_everything_else_is_flower_s() -> None:
+    grid = Answering({})
+    assert list(prompt(grid).get_node_ids()) == [5] and prompt(grid) is not grid
+
+
+def test_the_grid_of_a_simulation_is_left_as_it_is() -> None:
+    grid = object.__new__(InProcessGrid)
+    assert prompt(grid) is grid
