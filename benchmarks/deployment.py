@@ -218,9 +218,8 @@ def make_sites(folder: Path, config: Any, policy: str) -> dict[str, Path]:
 def deployed_config(config: Any, path: Path) -> Path:
     """``config`` as the job of real sites, which have their own data."""
     values = json.loads(config.to_json())
-    data = {"sites": [site.name for site in config.data.sites], "patient_column": "patient"}
-    values |= {"data": data, "model": config.model}
-    values["simulation"] = {}
+    values["data"] = {"sites": list(config.site_names), "patient_column": "patient"}
+    values.pop("simulation", None)
     path.write_text(tomli_w.dumps(_without_none(values)))
     return path
 

@@ -6,6 +6,7 @@ bundle and runs what lies in it; a worker in their place runs nothing of it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,22 @@ from pathlib import Path
 import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.common.serde import context_from_proto, message_from_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -25,9 +39,11 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from ...core.errors import UserError, one_line
+from ...core.packing import LIMIT
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 #: Seconds for which a connection that broke is tried again.
@@ -42,12 +58,40 @@ class StrangerError(UserError):
 
 @dataclass
 class Task:
-    """A message that waits for its answer, and the bundle that came with the run."""
+    """A message that waits for its answer.
 
-    message: Message
+    ``envelope``: the message without what it says; ``context``: what the site knows of the run; ``bundle``: the app
+    bundle that came with it.
+    """
+
+    envelope: Message
     context: Context
     bundle: bytes
+    _objects: ObjectTree
     _client: RuntimeHttpClient
+
+    def read(self) -> Message:
+        """The message. Raises :class:`UserError` for one that is too large or that Flower cannot read."""
+        node, run = Node(node_id=self.context.node_id), self.context.run_id
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
+        received, lock = 0, threading.Lock()
+
+        def counted(key: str) -> bytes:
+            nonlocal received
+            content = pull(key)
+            with lock:  # Flower pulls several at once
+                received += len(content)
+            if received > LIMIT:
+                raise ValueError(f"it takes more than {LIMIT} bytes")
+            return content
+
+        confirm = make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run)
+        try:
+            message = pull_and_inflate_object_from_tree(self._objects, counted, confirm, return_type=Message)
+        except Exception as error:  # as the other end made it: a foreign reader says no in many ways
+            raise UserError(f"the instruction cannot be read: {one_line(error)[:300]}") from None
+        message.metadata.__dict__["_message_id"] = self._objects.object_id
+        return message
 
     def answer(self, reply: Message, context: Context) -> None:
         """Hand the answer in, and what the site knows after it. Raises :class:`UserError` where nobody takes it."""
@@ -122,20 +166,31 @@ class SuperNode:
 
     @contextmanager
     def task(self, token: str) -> Iterator[Task]:
-        """The task of ``token``, kept alive until the end. Raises :class:`UserError` where it cannot be read."""
+        """The task of ``token``, kept alive until the end. Raises :class:`UserError` where it cannot be taken."""
         client = self._connect(RuntimeTokenHttpInterceptor(token), _PATIENCE)
         beats = HeartbeatSender(_heartbeat(client))
         beats.start()
         try:
-            try:
-                message, context, _, bundle = pull_task_input(client)
-            except Exception as error:  # a message as the other end made it, and every way in which a connection breaks
-                push_task_output(client, None, SubStatus.FAILED, "the message cannot be read")
-                raise UserError(f"an instruction cannot be taken from the SuperNode: {one_line(error)}") from None
-            yield Task(message, context, bundle.content, client)
+            yield _taken(client)
         finally:
             beats.stop()
             client.close()
+
+
+def _taken(client: RuntimeHttpClient) -> Task:
+    """The task that ``client`` has the token of."""
+    try:
+        given = client.PullTaskInput(PullTaskInputRequest())
+        pulled = client.PullMessages(PullAppMessagesRequest())
+        (packed,), (objects,) = pulled.messages_list, pulled.message_object_trees
+        context, envelope = context_from_proto(given.context), message_from_proto(packed)
+    except Exception as error:  # every way in which a connection breaks, or a SuperNode says that the task is over
+        # Not said to have failed: Flower's SuperNode then waits for an answer for ever, and else for its patience.
+        raise UserError(f"an instruction cannot be taken from the SuperNode: {one_line(error)}") from None
+    # What Flower's messages say of who made them.
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, context.run_id, context.node_id
+    envelope.metadata.__dict__["_message_id"] = objects.object_id
+    return Task(envelope, context, given.fab.content, objects, client)
 
 
 def _heartbeat(client: RuntimeHttpClient) -> Callable[[], bool]:

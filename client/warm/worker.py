@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 
 from ... import __version__
 from ...core.errors import PrivateError, UserError, one_line
@@ -142,17 +142,20 @@ class Worker:
                 self._said = ""
             except UserError as error:
                 self._say(str(error))
+            except Exception:  # whatever becomes of one message, the next one finds somebody here
+                log.exception("a message was left without an answer")
 
     def answer(self, task: Task) -> None:
         """Answer one task. Raises :class:`UserError` where the SuperNode does not take the answer."""
-        context = task.context
+        context, message = task.context, None
         try:
+            message = task.read()
             self._require_own(task)
-            reply, context = self._asked(task)
+            reply, context = self._asked(message, context)
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("an instruction was not answered")
-            reply = Message(self._refusal(error, task), reply_to=task.message)
+            reply = Message(self._refusal(error, task, message), reply_to=task.envelope)
         task.answer(reply, context)
 
     def _require_own(self, task: Task) -> None:
@@ -165,23 +168,25 @@ class Worker:
         chosen = str(node.get("policy", ""))
         require_configuration(task.bundle, load_policy(Path(chosen) if chosen else self.folder / "policy.toml"))
 
-    def _asked(self, task: Task) -> tuple[Message, Context]:
+    def _asked(self, message: Message, context: Context) -> tuple[Message, Context]:
         """The answerer's answer; where it dies, that of the next one, once."""
-        about = task.message.metadata
+        about = message.metadata
         # An answer that comes later reaches nobody. A clock that is off says nothing of that.
         left = about.created_at + about.ttl - time.time()
         until = time.monotonic() + (min(self._deadline, left) if left > 0 else self._deadline)
         try:
-            return self._answerer.ask(task.message, task.context, until - time.monotonic())
+            return self._answerer.ask(message, context, until - time.monotonic())
         except AnswererDiedError as error:
             # What the first had reserved in the ledger stays counted; the second trains under what is left.
             self._say(f"{error}; it is started again, for this instruction once")
-            self._audit_log.write("worker", did="started the answerer again", why=one_line(error), **_about(task))
-        return self._answerer.ask(task.message, task.context, max(1.0, until - time.monotonic()))
+            self._audit_log.write(
+                "worker", did="started the answerer again", why=one_line(error), **_about(message, context)
+            )
+        return self._answerer.ask(message, context, max(1.0, until - time.monotonic()))
 
-    def _refusal(self, error: Exception, task: Task) -> Any:
-        """What is sent where nothing was answered, and its line in the audit log."""
-        about = _about(task)
+    def _refusal(self, error: Exception, task: Task, message: Message | None) -> RecordDict:
+        """What is sent where nothing was answered, and its line in the audit log; ``message``: None where unread."""
+        about = _about(message or task.envelope, task.context)
         why: dict[str, Any] = {"why": one_line(error) if isinstance(error, UserError) else type(error).__name__}
         if isinstance(error, PolicyError):
             why["rule"] = error.rule.record
@@ -205,12 +210,12 @@ class Worker:
             self._said = text
 
 
-def _about(task: Task) -> Mapping[str, Any]:
+def _about(message: Message, context: Context) -> Mapping[str, Any]:
     """What an instruction says of itself, for the audit log."""
-    kind = task.message.metadata.message_type.removeprefix("query.")
-    site = str(task.context.node_config.get("site", "?"))
+    kind = message.metadata.message_type.removeprefix("query.")
+    site = str(context.node_config.get("site", "?"))
     try:
-        job = decode_job(task.message.content)
+        job = decode_job(message.content if message.has_content() else RecordDict())
     except UserError:
         return {"site": site, "kind": kind}
     return {"site": job.site or site, "kind": kind, "run": job.run, "round": job.round}

@@ -20,9 +20,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
+from fedgraft.client.warm import runtime
 from fedgraft.client.warm.bundle import bundle_hash
 from fedgraft.client.warm.runtime import StrangerError, SuperNode
 from fedgraft.core.errors import UserError
+from fedgraft.core.wire import encode_refusal
 
 SECRET = b"a secret of this test"
 
@@ -75,7 +77,7 @@ def running(secret: bytes | None) -> Iterator[Node]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def guarded() -> Iterator[Node]:
     with running(SECRET) as node:
         yield node
@@ -88,11 +90,12 @@ def test_a_task_is_taken_once_and_its_answer_arrives_with_what_the_site_knows(gu
     token = node.acquire()
     assert token and node.acquire() == ""
     with node.task(token) as task:
-        assert task.message.content["job"] == ConfigRecord({"round": 3})
-        assert task.message.metadata.message_id == sent.metadata.message_id
+        message = task.read()
+        assert message.content["job"] == ConfigRecord({"round": 3})
+        assert message.metadata.message_id == task.envelope.metadata.message_id == sent.metadata.message_id
         assert (task.bundle, task.context.node_config) == (b"the bundle", {"site": "north"})
         task.context.state["kept"] = ConfigRecord({"x": 1})
-        task.answer(Message(RecordDict({"site": ConfigRecord({"y": 2})}), reply_to=task.message), task.context)
+        task.answer(Message(RecordDict({"site": ConfigRecord({"y": 2})}), reply_to=task.envelope), task.context)
     (reply,) = guarded.state.get_messages_legacy(is_reply=True)
     assert reply.metadata.reply_to_message_id == sent.metadata.message_id
     kept: Any = guarded.state.get_run_series_context(1)
@@ -124,9 +127,36 @@ def test_a_supernode_that_is_not_there_is_said_to_be_unreached() -> None:
         assert not isinstance(refused.value, StrangerError)
 
 
+@pytest.mark.parametrize("limit", [100, 1])
+def test_a_message_beyond_the_limit_is_not_read_and_can_still_be_refused(
+    guarded: Node, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(runtime, "LIMIT", limit)
+    guarded.give(RecordDict({"job": ConfigRecord({"text": "x" * 200 + str(limit)})}))
+    node = SuperNode(guarded.address, SECRET, None)
+    with node.task(node.acquire()) as task:
+        with pytest.raises(UserError, match=r"cannot be read: .*takes more than"):
+            task.read()
+        refusal = encode_refusal(UserError("too large"), site="north", round=0)
+        task.answer(Message(refusal, reply_to=task.envelope), task.context)
+    replies = guarded.state.get_messages_legacy(is_reply=True)
+    assert task.envelope.metadata.message_id in [reply.metadata.reply_to_message_id for reply in replies]
+
+
+def test_a_message_of_broken_parts_is_not_read_and_can_still_be_refused(guarded: Node) -> None:
+    sent = guarded.give(RecordDict({"job": ConfigRecord({"round": 9})}))
+    store: Any = guarded.state.object_store
+    for key in get_all_nested_objects(sent):
+        store.store[key].content = b"ConfigRecord 3\0{{{"
+    node = SuperNode(guarded.address, SECRET, None)
+    with node.task(node.acquire()) as task, pytest.raises(UserError, match="the instruction cannot be read"):
+        task.read()
+
+
 def test_an_answer_that_nobody_takes_is_one_line(guarded: Node) -> None:
     guarded.give(RecordDict({"job": ConfigRecord({"round": 5})}))
     node = SuperNode(guarded.address, SECRET, None)
     with pytest.raises(UserError, match="could not be handed to the SuperNode"), node.task(node.acquire()) as task:
-        task._client.close()
-        task.answer(Message(RecordDict(), reply_to=task.message), task.context)
+        state: Any = guarded.state
+        state.task_token_to_task_id.clear()
+        task.answer(Message(RecordDict(), reply_to=task.envelope), task.context)

@@ -47,8 +47,12 @@ class Handed(Task):
     """A task that keeps what is handed in."""
 
     def __init__(self, message: Message, context: Context, content: bytes) -> None:
-        super().__init__(message, context, content, None)  # type: ignore[arg-type]
+        super().__init__(message, context, content, None, None)  # type: ignore[arg-type]
+        self.message = message
         self.replies: list[Message] = []
+
+    def read(self) -> Message:
+        return self.message
 
     def answer(self, reply: Message, context: Context) -> None:
         self.replies.append(reply)
@@ -157,6 +161,22 @@ def test_an_instruction_that_is_none_is_refused_by_the_answerer(site: Callable[.
     north.worker.answer(task)
     assert "undeclared record `notes`" in task.decoded("hello").error
     assert north.log()[-1]["event"] == "refused"
+
+
+def test_an_instruction_that_cannot_be_read_is_refused_in_the_audit_log(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north = site()
+    task = north.task()
+
+    def unreadable() -> Message:
+        raise UserError("the instruction cannot be read: it takes more than 9 bytes")
+
+    monkeypatch.setattr(task, "read", unreadable)
+    north.worker.answer(task)
+    assert task.decoded("hello").error == "the instruction cannot be read: it takes more than 9 bytes"
+    assert (north.log()[-1]["event"], north.log()[-1]["site"]) == ("refused", "north")
+    assert north.answerer.asked == []
 
 
 # What it survives
