@@ -84,8 +84,11 @@ class Journal:
     def append(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Write ``entry`` as the next line and return it with its hashes, once the line is on the disk.
 
-        Only the last line is checked: it is all that the next one hangs on.
+        Only the last line is checked: it is all that the next one hangs on. Raises :class:`ValueError` for an entry
+        with a key of :data:`CHAIN`, which would make its line one that was changed.
         """
+        if taken := [key for key in CHAIN if key in entry]:
+            raise ValueError(f"an entry of a journal cannot hold `{taken[0]}`")
         try:
             with locked(self.path, durable=self._durable) as file:
                 size = os.fstat(file).st_size

@@ -108,7 +108,7 @@ class Worker:
 
     def begin(self) -> None:
         """Write down what code serves from now on, and have the answerer load it."""
-        self._audit_log.write("worker", did="started", version=__version__, sha256=installed_digest())
+        self._audit_log.write("worker", did="started", code={"version": __version__, "sha256": installed_digest()})
         self._answerer.start()
 
     def end(self) -> None:

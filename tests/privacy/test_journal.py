@@ -322,3 +322,11 @@ def test_a_refused_permission_is_one_clear_line(path: Path, monkeypatch: pytest.
         journal(path).append(ENTRIES[0])
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         journal(path).entries()
+
+
+@pytest.mark.parametrize("key", CHAIN)
+def test_an_entry_cannot_carry_what_the_journal_adds(path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot hold `{key}`"):
+        journal(path).append({"event": "x", key: "y"})
+    journal(path).append({"event": "x", "inside": {key: "y"}})
+    assert entries(path) == ({"event": "x", "inside": {key: "y"}},)

@@ -20,7 +20,9 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgraft import __version__
 from fedgraft.client.app import app
+from fedgraft.client.installed import installed_digest
 from fedgraft.client.warm.answerer import Answerer, AnswererDiedError, AnswererLateError
 from fedgraft.client.warm.bundle import bundle_hash
 from fedgraft.client.warm.runtime import Task
@@ -177,6 +179,14 @@ def test_an_instruction_that_cannot_be_read_is_refused_in_the_audit_log(
     assert task.decoded("hello").error == "the instruction cannot be read: it takes more than 9 bytes"
     assert (north.log()[-1]["event"], north.log()[-1]["site"]) == ("refused", "north")
     assert north.answerer.asked == []
+
+
+def test_what_serves_from_now_on_is_written_down(site: Callable[..., Site]) -> None:
+    north = site()
+    north.worker.begin()
+    assert north.answered().error == ""
+    code = {"version": __version__, "sha256": installed_digest()}
+    assert (north.log()[0]["event"], north.log()[0]["did"], north.log()[0]["code"]) == ("worker", "started", code)
 
 
 # What it survives
