@@ -245,7 +245,7 @@ def job(tiny: bool, rounds: int, scratch: Path) -> Any:
     listed = ", ".join(f'"{site}"' for site in SITES)
     changes = [f"data.sites=[{listed}]", f"rounds={rounds}", "data.max_per_class=300", "train.device=cpu"]
     if tiny:
-        changes += ["model=builtin:bert", "train.local_steps=2", "data.max_per_class=40", "train.batch_size=20"]
+        changes += ["model=builtin:tiny-bert", "train.local_steps=2", "data.max_per_class=40", "train.batch_size=20"]
     return complete(load_scenario("hospitals-icd10", changes))
 
 

@@ -30,7 +30,8 @@ class _Prompt:
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """As Flower's: the replies that came within ``timeout`` seconds; None waits for all."""
-        waiting = set(self._grid.push_messages(messages))
+        # A list: Flower goes through them twice.
+        waiting = set(self._grid.push_messages(list(messages)))
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and (deadline is None or time.monotonic() < deadline):

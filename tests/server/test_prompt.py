@@ -23,6 +23,7 @@ class Answering(HttpGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         now = time.monotonic()
+        assert all(message.metadata.message_type for message in messages), "Flower checks all before it sends them"
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = str(number)
             delay = self.delays[message.metadata.dst_node_id]
@@ -47,7 +48,7 @@ def identity() -> None:
 
 def sent(grid: Any, nodes: Iterable[int], timeout: float | None) -> tuple[list[int], float]:
     began = time.monotonic()
-    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+    messages = (Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes)
     replies = grid.send_and_receive(messages, timeout=timeout)
     return [reply.metadata.src_node_id for reply in replies], time.monotonic() - began
 
