@@ -21,7 +21,7 @@ from fedgraft.simulations.run import simulate
 
 pytestmark = pytest.mark.slow
 SITES = ("east", "north", "south")
-_PATIENCE = 240.0
+_PATIENCE = 400.0
 
 
 @pytest.fixture(scope="module")
