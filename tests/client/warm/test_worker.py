@@ -308,6 +308,8 @@ def test_the_answerer_answers_as_this_process_would_and_keeps_what_is_costly(
     north.worker.answer(again)
     assert again.decoded("evaluate").metrics["examples"] > 0
     assert real.pid == process and time.process_time() - began < 5
+    assert "of the kind `query.gossip` is not answered here" in north.answered("query.gossip").error
+    assert real.pid == process and north.log()[-1]["event"] == "refused"
 
 
 @pytest.mark.slow
