@@ -316,8 +316,8 @@ def test_the_answerer_answers_as_this_process_would_and_keeps_what_is_costly(
 def test_a_killed_answerer_s_round_is_trained_again_and_both_count(
     tiny_federation: Any, tmp_path: Path, real: Answerer
 ) -> None:
-    config = tiny_federation.private(**{"privacy.noise_multiplier": 2.0, "train.local_steps": 400})
-    north = Site(config, tmp_path / "north")
+    config = tiny_federation.private(**{"privacy.epsilon": 8.0, "train.local_steps": 150})
+    north = Site(config, tmp_path / "north", deadline=500.0)
     north.worker._answerer = real
     ledger = Ledger(north.folder / "ledgers")
     killed = threading.Event()
@@ -335,8 +335,8 @@ def test_a_killed_answerer_s_round_is_trained_again_and_both_count(
     assert killed.is_set()
     assert [line["event"] for line in north.log()] == ["allowed", "worker", "allowed", "left"], answer.error
     first, second = ledger.entries()
-    assert (first.steps, second.steps, second.outcome) == (400, 400, "released")
-    assert answer.privacy is not None and answer.privacy.steps == 800, "what the first had reserved stays counted"
+    assert (first.steps, second.steps, second.outcome) == (150, 150, "released")
+    assert answer.privacy is not None and answer.privacy.steps == 300, "what the first had reserved stays counted"
 
 
 @pytest.mark.slow
