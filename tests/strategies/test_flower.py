@@ -391,7 +391,7 @@ FORGERIES: list[tuple[str, Callable[[RecordDict], None], str]] = [
     ("record of another type", _other_record_type, "south: the record `metrics` is not a MetricRecord"),
     ("undeclared metric", _metric("accuracy", 0.5), "south: undeclared metric `accuracy`"),
     ("metric of another kind of message", _metric("correct", 1), "south: undeclared metric `correct`"),
-    ("list as a metric", _metric("steps", [1, 2]), "south: metric `steps` is [1, 2]"),
+    ("list as a metric", _metric("steps", [1, 2]), "south: metric `steps` is a list"),
     ("metric that is no number", _metric("steps", float("nan")), "south: metric `steps` is nan"),
     ("no records", _metric("records", 0), "south: trained on 0 records"),
     ("a fraction of a record", _metric("records", 1e-9), "south: trained on 1e-09 records"),
