@@ -135,25 +135,26 @@ class SecureSite:
         self.progress = replace(self.progress, stage="shared", adverts=adverts.encode(), own_shares=shares[self.site])
         return Envelopes(sealed)
 
+    def admit(self, envelopes: Envelopes) -> Progress:
+        """Check all that :meth:`mask` checks but the numbers: before they are computed, which may cost much."""
+        self._require("shared", "its shares")
+        known = self._known(Adverts.decode(self.progress.adverts, _SERVER))
+        strangers = set(envelopes.sealed) - (set(known) - {self.site})
+        if strangers:
+            raise UserError(f"{_SERVER} sends shares from {min(strangers)}, which takes no part in the secure sum")
+        self._require_enough(len(envelopes.sealed) + 1, "share their keys")
+        progress = replace(self.progress, stage="masked", envelopes=envelopes.encode())
+        self._opened(progress, known)
+        return progress
+
     def mask(self, envelopes: Envelopes, numbers: np.ndarray, weight: int, about: bytes) -> np.ndarray:
         """``numbers`` (n,) under ``weight`` as n + 1 masked entries of the ring.
 
         ``envelopes``: from the sites that masks are shared with; ``about``: a digest of what the numbers were computed
         from, on which all survivors must agree.
         """
-        self._require("shared", "its shares")
+        progress = replace(self.admit(envelopes), about=pack(about, str(numbers.size).encode()))
         known = self._known(Adverts.decode(self.progress.adverts, _SERVER))
-        strangers = set(envelopes.sealed) - set(known) | set(envelopes.sealed) & {self.site}
-        if strangers:
-            raise UserError(f"{_SERVER} sends shares from {min(strangers)}, which takes no part in the secure sum")
-        self._require_enough(len(envelopes.sealed) + 1, "share their keys")
-        progress = replace(
-            self.progress,
-            stage="masked",
-            envelopes=envelopes.encode(),
-            about=pack(about, str(numbers.size).encode()),
-        )
-        self._opened(progress, known)
         total = self.terms.ring.encode(numbers, weight)
         add_mask(total, keys.seed_key(self.progress.seed, self._context, self.site), +1)
         own = (self.site, known[self.site].masking)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from ...core.config import RunConfig
 from ...core.errors import UserError
 from .parts import pack
 from .ring import Ring
@@ -57,6 +58,13 @@ class Terms:
                 f"secure_sum.threshold is {self.threshold}; for {count} sites it lies within {least} and {count}"
             )
         self.ring  # noqa: B018  which refuses what it has no room for
+
+    @classmethod
+    def of(cls, config: RunConfig, run: str, round: int) -> Terms:
+        """Those of a round of ``config``: the server and every site come to the same by themselves."""
+        asked, sites = config.secure_sum, tuple(sorted(config.site_names))
+        threshold = asked.threshold or usual_threshold(len(sites))
+        return cls(run, round, sites, threshold, asked.bits, asked.range, asked.most_records)
 
     @cached_property
     def ring(self) -> Ring:
