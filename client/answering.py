@@ -230,6 +230,8 @@ class SiteClient:
         if decided not in self._admitted:
             visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
             self._admitted.add(decided)
+        if config.secure_sum.enabled and visit.kind == "refine":
+            raise UserError("the run has a secure sum, and a second answer would be in the open; nothing is sent")
         received = secure = None
         if config.secure_sum.enabled and visit.kind in ("hello", "train", *STEPS):
             # Whatever would stop the sum later must stop it now, before anything is trained.

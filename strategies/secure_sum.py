@@ -196,6 +196,7 @@ def told(config: Any, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | N
     return {
         "sites": len(terms.sites),
         "threshold": terms.threshold,
+        "colluders": terms.colluders,
         "bits": terms.bits,
         "range": terms.limit,
         "most_records": terms.most_weight,

@@ -64,9 +64,9 @@ class SecureSite:
 
     Guarantee
     ---------
-    Against a server that lies in every way, with up to 2 threshold - sites - 1 colluding sites: of this site's numbers
-    it learns nothing but their sum with those of all other sites of one set of survivors, at least ``threshold`` of
-    them. A round that was unmasked once is unmasked again for the same survivors alone, and none before it. Each
+    Against a server that lies in every way, with up to :attr:`~.terms.Terms.colluders` sites: of this site's numbers
+    it learns nothing but their sum with those of all honest sites of one set of survivors, at least ``threshold`` with
+    the colluding ones. A round that was unmasked once is unmasked again for the same survivors alone, and none before it. Each
     method raises :class:`UserError`, and reveals nothing, for what an honest server does not send.
     """
 

@@ -70,6 +70,12 @@ class Terms:
     def ring(self) -> Ring:
         return Ring(self.bits, self.limit, self.most_weight, len(self.sites))
 
+    @property
+    def colluders(self) -> int:
+        """So many sites may collude with a lying server: two sets of survivors cannot both have signatures enough,
+        and in either are two honest sites or more."""
+        return min(2 * self.threshold - len(self.sites) - 1, self.threshold - 2)
+
     def index(self, site: str) -> int:
         """Where ``site`` evaluates the others' polynomials."""
         return self.sites.index(site) + 1
