@@ -81,6 +81,8 @@ def require_allowed(
         answer = decode_answer(content, kind, _ITSELF)
         if answer.error or answer.code:
             raise UserError("it is a refusal that carries more than its text")
+        if {"secure", "masked"} & set(content):
+            raise UserError("it carries a part of a secure sum, which has answers of its own")
         _require_adapter(content, received, policy)
         _require_facts(answer, kind, fingerprint)
     except PolicyError:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,16 +58,14 @@ class Roster:
             if other != site:
                 raise UserError(f"the roster has one key for two sites, {other} and {site}; each signs with its own")
 
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 over names and keys."""
-        return hashlib.sha256(pack(*(pack(site.encode(), _bytes(key)) for site, key in self._keys.items()))).digest()
-
-    def require(self, sites: tuple[str, ...]) -> None:
-        """Raise :class:`UserError` unless every one of ``sites`` is known."""
+    def digest(self, sites: Iterable[str]) -> bytes:
+        """SHA-256 over names and keys of ``sites``. Raises :class:`UserError` for one that is not known."""
+        whole = hashlib.sha256()
         for site in sites:
             if site not in self._keys:
                 raise UserError(f"site {site} is not in this site's roster; give every site the same roster")
+            whole.update(pack(site.encode(), _bytes(self._keys[site])))
+        return whole.digest()
 
     def signed(self, site: str, signature: bytes, text: bytes) -> bool:
         """Whether ``site``, by its key here, has signed ``text``."""

@@ -65,8 +65,8 @@ class SecureSite:
     Guarantee
     ---------
     Against a server that lies in every way, with up to :attr:`~.terms.Terms.colluders` sites: of this site's numbers
-    it learns nothing but their sum with those of all honest sites of one set of survivors, at least ``threshold`` with
-    the colluding ones. A round that was unmasked once is unmasked again for the same survivors alone, and none before it. Each
+    it learns nothing but their sum with those of all honest sites of one set of survivors, of ``threshold`` sites or
+    more. A round that was unmasked is unmasked again for the same survivors alone, and one before it is not. Each
     method raises :class:`UserError`, and reveals nothing, for what an honest server does not send.
     """
 
@@ -78,14 +78,14 @@ class SecureSite:
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
-        self.roster.require(self.terms.sites)
+        known = self.roster.digest(self.terms.sites)
         if self.site not in self.terms.sites:
             raise UserError(f"site {self.site} is not among those of the secure sum")
         if not self.roster.owns(self.site, self.key):
             raise UserError(f"site {self.site}: its signing key is not the one that its roster has for it")
         self._context = self.terms.context
-        # Signatures are bound to the roster too: all sites must have the same.
-        self._signing = pack(self._context, self.roster.digest)
+        # Signatures are bound to the sites' keys too: all must know each other by the same.
+        self._signing = pack(self._context, known)
         before = self.before
         if before is not None and before.run == self.terms.run and before.round > self.terms.round:
             raise UserError(

@@ -108,7 +108,7 @@ def test_terms_that_differ_by_site_are_found(circle):
 def test_rosters_that_differ_by_site_are_found(circle):
     one = circle(4)
     public = {name: key.public_key() for name, key in one.keys.items()}
-    other = one.site("s01", roster=Roster({**public, "more": Ed25519PrivateKey.generate().public_key()}))
+    other = one.site("s01", roster=Roster({**public, "s03": Ed25519PrivateKey.generate().public_key()}))
     adverts = [one.ask(name, SecureSite.advertise) for name in one.names if name != "s01"]
     shown = Adverts(tuple(sorted([*adverts, other.advertise()], key=lambda a: a.site)))
     with pytest.raises(UserError, match=r"^s01: its keys .* roster"):
