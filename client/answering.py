@@ -287,7 +287,7 @@ class SiteClient:
         names = received.spec.select("share")
         state = decode_adapter(answer, received.spec, sender=here.site, names=names, base=received)
         weight = int(plain.metrics["records"])
-        with section("secure sum"):
+        with section("wire"):
             entries, beyond = mask(secure, content, state, received, weight, f"{digest}|{job.fingerprint}".encode())
         if beyond:
             self._watch.note(

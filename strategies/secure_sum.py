@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from ..core.adapter import AdapterState
 from ..core.errors import UserError, one_line
+from ..core.profile import section
 from ..core.update import PrivacyStatement, Update
 from ..core.wire import (
     STEPS,
@@ -74,7 +75,8 @@ class SecureSumStrategy(PeftStrategy):
             yield self._ask("agree", dict.fromkeys(survivors.sites, survivors.encode()))
             agreements = server.agreements
             yield self._ask("reveal", dict.fromkeys(sorted(agreements.signatures), agreements.encode()))
-            self._sum = server.result()
+            with section("wire"):
+                self._sum = server.result()
         except UserError as error:
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in self._unheard.items())
             self._short = f"{error}{f' ({why})' if why else ''}"
@@ -185,7 +187,9 @@ class SecureSumStrategy(PeftStrategy):
             raise UserError(f"{site}: sent its update in the open")
         if self.config.privacy.enabled:
             self._require_promise(site, answer.privacy or PrivacyStatement(enabled=False), answer.metrics)
-        self._server.masked(site, decode_masked(reply.content, site))
+        entries = decode_masked(reply.content, site)
+        with section("wire"):
+            self._server.masked(site, entries)
 
 
 def told(config: Any, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -44,10 +44,10 @@ class Advert:
 
     @classmethod
     def decode(cls, data: bytes, sender: str) -> Self:
-        site, *keys, signature = _parts(data, b"advert", sender, 5)
-        for key in keys:
+        site, sealing, masking, commitment, signature = _parts(data, b"advert", sender, 5)
+        for key in (sealing, masking, commitment):
             _require_length(key, KEY, "key", sender)
-        return cls(_name(site, sender), *keys, _signature(signature, sender))
+        return cls(_name(site, sender), sealing, masking, commitment, _signature(signature, sender))
 
 
 @dataclass(frozen=True)

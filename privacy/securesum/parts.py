@@ -18,7 +18,8 @@ def pack(*parts: bytes) -> bytes:
 def unpack(data: bytes, sender: str, *, most: int) -> list[bytes]:
     """The inverse of :func:`pack`. Raises :class:`UserError` that names ``sender`` for bytes that are no such list, or
     for one of more than ``most`` parts."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while at < len(data):
         end = at + _LENGTH + int.from_bytes(data[at : at + _LENGTH], "big")
         if at + _LENGTH > len(data) or end > len(data):
