@@ -41,7 +41,7 @@ from ..privacy.ledger import OverspentError
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
 from ..privacy.release import noised
-from ..privacy.securesum import SecureSite
+from ..privacy.securesum import SecureSite, Terms
 from ..strategies import LocalRule, Training, create_aggregator
 from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
@@ -230,14 +230,9 @@ class SiteClient:
         if decided not in self._admitted:
             visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
             self._admitted.add(decided)
-        if config.secure_sum.enabled and visit.kind == "refine":
-            raise UserError("the run has a secure sum, and a second answer would be in the open; nothing is sent")
-        received = secure = None
-        if config.secure_sum.enabled and visit.kind in ("hello", "train", *STEPS):
-            # Whatever would stop the sum later must stop it now, before anything is trained.
-            identity = self._surroundings.identity(config, site, folder, context)
-            secure = self._sums.open(job, config, site, folder, identity)
-        if visit.kind in STEPS:
+        # Whatever would stop a secure sum later must stop it now, before anything is trained.
+        secure, received = self._secure(visit.kind, job, config, here), None
+        if secure is not None and visit.kind in STEPS:
             return self._step(visit.kind, job, here, secure, content)
         if visit.kind == "train":
             if secure is not None:
@@ -262,10 +257,19 @@ class SiteClient:
             return self._masked(job, visit.digest, here, secure, content, answer, received)
         return answer
 
-    def _step(self, kind: Kind, job: Job, here: _Here, secure: SecureSite | None, content: RecordDict) -> RecordDict:
-        """The answer to an exchange of a secure sum beside the training."""
-        if secure is None:
+    def _secure(self, kind: Kind, job: Job, config: RunConfig, here: _Here) -> SecureSite | None:
+        """This site's side of the secure sum that an instruction of ``kind`` belongs to; None where to none."""
+        if not config.secure_sum.enabled and kind in STEPS:
             raise UserError("the run has no secure sum (secure_sum.enabled = false)")
+        if not config.secure_sum.enabled or kind == "evaluate":
+            return None
+        if kind == "refine":
+            raise UserError("the run has a secure sum, and a second answer would be in the open; nothing is sent")
+        identity = self._surroundings.identity(config, here.site, here.folder, here.context)
+        return self._sums.open(job, config, here.site, here.folder, identity)
+
+    def _step(self, kind: Kind, job: Job, here: _Here, secure: SecureSite, content: RecordDict) -> RecordDict:
+        """The answer to an exchange of a secure sum beside the training."""
         record = self._sums.answer(kind, secure, content, here.folder)
         answer = encode_answer(kind, site=here.site, round=job.round, adapter=record)
         with section("gate"):
@@ -339,6 +343,8 @@ class SiteClient:
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
         self._rule(job, config, here.site, {})  # a site that cannot do its part says so now
+        if config.secure_sum.enabled:
+            Terms.of(config, job.run, job.round).ring.require_weight(len(prepared.train))
         if job.round <= config.rounds:
             smaller = self._smaller(here.site)
             require_memory(model, prepared.train, config, private=config.privacy.enabled, on_smaller=smaller)

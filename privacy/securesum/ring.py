@@ -55,17 +55,20 @@ class Ring:
         """Little-endian on every machine."""
         return np.dtype(f"<u{self.bits // 8}")
 
-    def encode(self, numbers: np.ndarray, weight: int) -> np.ndarray:
-        """``numbers`` (n,) under ``weight`` as n + 1 entries of the ring, of which the last is the weight.
-
-        Raises :class:`UserError` for a number that is not finite, and for a weight that is not within 1 and
-        ``most_weight``.
-        """
+    def require_weight(self, weight: int) -> None:
+        """Raise :class:`UserError` for a weight that is not within 1 and ``most_weight``."""
         if not 1 <= weight <= self.most_weight:
             raise UserError(
                 f"the weight of this site is {weight}, the secure sum takes 1 to {self.most_weight}; raise "
                 "secure_sum.most_records"
             )
+
+    def encode(self, numbers: np.ndarray, weight: int) -> np.ndarray:
+        """``numbers`` (n,) under ``weight`` as n + 1 entries of the ring, of which the last is the weight.
+
+        Raises :class:`UserError` for a number that is not finite, and for a weight that is not allowed.
+        """
+        self.require_weight(weight)
         if not np.isfinite(numbers).all():
             raise UserError("a number for the secure sum is not finite; nothing is sent")
         scaled = np.clip(numbers.astype(np.float64), -self.limit, self.limit)

@@ -89,7 +89,8 @@ class SecureSite:
         before = self.before
         if before is not None and before.run == self.terms.run and before.round > self.terms.round:
             raise UserError(
-                f"site {self.site} has gone on to round {before.round}: round {self.terms.round} cannot be summed again"
+                f"site {self.site} has gone on to round {before.round}: round {self.terms.round} is not summed again; "
+                "start a new run from the last adapter (start_from)"
             )
         if before is not None and (before.run, before.round) == (self.terms.run, self.terms.round):
             self.progress = before
