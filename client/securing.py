@@ -13,9 +13,9 @@ from flwr.app import RecordDict
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
+from ..core.vector import flat
 from ..core.wire import Job, Kind, decode_secure, encode_secure
 from ..privacy.securesum import Roster, SecureSite, Terms
-from ..privacy.securesum.changes import change
 from ..privacy.securesum.identity import SigningKey
 from ..privacy.securesum.messages import Adverts, Agreements, Envelopes, Survivors
 from ..privacy.securesum.parts import pack
@@ -118,7 +118,7 @@ def mask(
     """
     names = received.spec.select("share")
     about = hashlib.sha256(pack(received.only(names).digest.encode(), job)).digest()
-    numbers = change(state, received, names)
+    numbers = flat(state, names) - flat(received, names)
     return secure.mask(envelopes_of(content), numbers, weight, about), secure.terms.ring.clipped(numbers)
 
 

@@ -73,8 +73,6 @@ def _secure_sum_reason(config: RunConfig, can: Capabilities) -> str | None:
     name, server = config.strategy, config.server
     if reason := secure_sum_refusal(name, can):
         return f"{reason}; choose one that adds up (fedit, ffa), or set secure_sum.enabled = false"
-    if can.two_passes:
-        return f"strategy `{name}` asks each site twice a round, and a secure sum adds up once; choose another"
     try:
         terms = Terms.of(config, "", 0)
     except UserError as error:
@@ -107,4 +105,6 @@ def secure_sum_refusal(name: str, can: Capabilities) -> str | None:
         return f"strategy `{name}` looks at single updates, of which a secure sum shows none"
     if not can.linear_sum:
         return f"strategy `{name}` does more with the updates than add them up, which is all that a secure sum does"
+    if can.two_passes:
+        return f"strategy `{name}` asks each site twice a round, of which a secure sum adds up one answer"
     return None

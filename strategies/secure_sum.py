@@ -10,9 +10,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..core.adapter import AdapterState
+from ..core.config import RunConfig
 from ..core.errors import UserError, one_line
 from ..core.profile import section
 from ..core.update import PrivacyStatement, Update
+from ..core.vector import moved
 from ..core.wire import (
     STEPS,
     Answer,
@@ -27,13 +29,10 @@ from ..core.wire import (
     fault_of,
 )
 from ..privacy.securesum import SecureServer, Sum, Terms
-from ..privacy.securesum.changes import moved
 from ..privacy.securesum.messages import Advert, Agreement, Envelopes, Reveal
 from ..privacy.securesum.server import ShortError
+from .central import TOGETHER
 from .flower import Exchange, PeftStrategy
-
-#: Who brings the one update of a round.
-TOGETHER = "all sites together"
 
 
 class SecureSumStrategy(PeftStrategy):
@@ -49,8 +48,7 @@ class SecureSumStrategy(PeftStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         super().configure_train(server_round, arrays, config, grid)
-        asked = [site for site in self.config.site_names if site not in self.phase.resting]
-        self._here = sorted(site for site in self.sites.values() if site in asked)
+        here = sorted(set(self.sites.values()).difference(self.phase.resting))
         sent = self.aggregator.for_site(self.state, self.config.site_names[0])
         length = sum(sent.spec.by_name[name].size for name in sent.spec.select("share"))
         self._server = SecureServer(Terms.of(self.config, self._run, server_round), length)
@@ -59,7 +57,7 @@ class SecureSumStrategy(PeftStrategy):
         self._short = ""
         self._envelopes: Mapping[str, Envelopes] = {}
         self._unheard: dict[str, str] = {}
-        return self._ask("keys", dict.fromkeys(self._here))
+        return self._ask("keys", dict.fromkeys(here))
 
     def exchanges(self, first: Iterable[Message]) -> Iterator[Iterable[Message]]:
         server = self._server
@@ -90,7 +88,7 @@ class SecureSumStrategy(PeftStrategy):
     def finish_train(self) -> bool:
         if self._sum is not None and self._base is not None:
             names = self._base.spec.select("share")
-            mean = moved(self._base, self._sum.mean, names).require_finite()
+            mean = moved(self._base, names, self._sum.mean).require_finite()
             self.aggregator.add(Update(TOGETHER, mean, float(self._sum.weight)))
         return super().finish_train()
 
@@ -192,7 +190,7 @@ class SecureSumStrategy(PeftStrategy):
             self._server.masked(site, entries)
 
 
-def told(config: Any, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def told(config: RunConfig, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The ``secure_sum`` section of run.json, over the lines of the ``rounds`` that had one; None where it is off."""
     if not config.secure_sum.enabled:
         return None

@@ -15,9 +15,9 @@ from flwr.app import RecordDict
 
 from fedgraft.client.app import DEPLOYED, make_client_app
 from fedgraft.core.config import RunConfig
+from fedgraft.core.vector import flat
 from fedgraft.core.wire import decode_adapter, decode_masked, decode_secure, encode_adapter, encode_secure
 from fedgraft.privacy.securesum import Roster, SecureServer, SecureSite, Terms
-from fedgraft.privacy.securesum.changes import change
 from fedgraft.privacy.securesum.messages import Advert, Agreement, Envelopes, Reveal
 from fedgraft.privacy.securesum.site import Progress
 
@@ -121,7 +121,7 @@ def test_a_site_plays_its_part_and_the_sum_is_right(north: Any, keys: Any, tiny_
     twin = type(site)(tiny_federation.config(), site.folder)
     answer, plain = twin.train(content=encode_adapter(site.state, wire="fp32"))
     trained = decode_adapter(plain, site.state.spec, sender="north", names=one.names)
-    own = change(trained, site.state, one.names)
+    own = flat(trained, one.names) - flat(site.state, one.names)
     weight = answer.metrics["records"]
     assert found.weight == weight + 20
     assert np.abs(found.mean - (weight * own + 20.0) / (weight + 20)).max() <= found.error
