@@ -15,6 +15,7 @@ from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.vector import flat
 from ..core.wire import Job, Kind, decode_secure, encode_secure
+from ..privacy.journal import locked, sync_folders
 from ..privacy.securesum import Roster, SecureSite, Terms
 from ..privacy.securesum.identity import SigningKey
 from ..privacy.securesum.messages import Adverts, Agreements, Envelopes, Survivors
@@ -63,33 +64,39 @@ class SecureSums:
         return encode_secure(answer)
 
     def keep(self, secure: SecureSite, folder: Path | None) -> None:
-        """Raises :class:`UserError` when the disk is full or read-only."""
+        """Keep how far ``secure`` has come, before its answer leaves.
+
+        Raises :class:`UserError` when the disk is full or read-only, and when another process of the site has gone on
+        in the meantime: of two answers at one stage the first leaves alone.
+        """
         progress = secure.progress
         if folder is None:
+            self._require_unchanged(secure, folder)
             self._loose[secure.site, progress.run] = progress
             return
         path = _path(folder, progress.run)
-        beside = path.with_suffix(".new")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(file, "wb") as stream:
-                stream.write(progress.encode())
-                stream.flush()
+            with locked(path.with_name(".lock"), durable=self._durable):
+                self._require_unchanged(secure, folder)
+                beside = path.with_suffix(".new")
+                file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with os.fdopen(file, "wb") as stream:
+                    stream.write(progress.encode())
+                    stream.flush()
+                    if self._durable:
+                        os.fsync(stream.fileno())
+                beside.replace(path)
                 if self._durable:
-                    os.fsync(stream.fileno())
-            beside.replace(path)
-            if self._durable:
-                handle = os.open(path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                    sync_folders(path.parent)
         except OSError as error:
             raise UserError(
                 f"{path}: what the site must keep of a secure sum cannot be written, so nothing leaves: "
                 f"{error.strerror or error}"
             ) from None
+
+    def _require_unchanged(self, secure: SecureSite, folder: Path | None) -> None:
+        if self._kept(secure.terms.run, secure.site, folder) != secure.before:
+            raise UserError(f"site {secure.site} has gone on with the secure sum in another process; nothing is sent")
 
     def _kept(self, run: str, site: str, folder: Path | None) -> Progress | None:
         if folder is None:

@@ -14,9 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
 from fedgraft.client.app import DEPLOYED, make_client_app
+from fedgraft.client.securing import Identity, SecureSums
 from fedgraft.core.config import RunConfig
+from fedgraft.core.errors import UserError
 from fedgraft.core.vector import flat
-from fedgraft.core.wire import decode_adapter, decode_masked, decode_secure, encode_adapter, encode_secure
+from fedgraft.core.wire import Job, decode_adapter, decode_masked, decode_secure, encode_adapter, encode_secure
 from fedgraft.privacy.securesum import Roster, SecureServer, SecureSite, Terms
 from fedgraft.privacy.securesum.messages import Advert, Agreement, Envelopes, Reveal
 from fedgraft.privacy.securesum.site import Progress
@@ -103,7 +105,7 @@ def test_a_site_plays_its_part_and_the_sum_is_right(north: Any, keys: Any, tiny_
     one.server.masked("north", decode_masked(content, "north"))
     for name, other in one.others.items():
         # They must say the same of what they trained, which only a site knows: the real one keeps it.
-        kept = Progress.decode(next((site.folder / "secure-sum").glob("*")).read_bytes(), "north")
+        kept = Progress.decode(next((site.folder / "secure-sum").glob("[0-9a-f]*")).read_bytes(), "north")
         one.server.masked(name, other.mask(one.envelopes[name], one.ones, 10, b""))
         other.progress = Progress(**{**vars(other.progress), "about": kept.about})
     survivors = one.server.survivors
@@ -125,7 +127,7 @@ def test_a_site_plays_its_part_and_the_sum_is_right(north: Any, keys: Any, tiny_
     weight = answer.metrics["records"]
     assert found.weight == weight + 20
     assert np.abs(found.mean - (weight * own + 20.0) / (weight + 20)).max() <= found.error
-    kept = Progress.decode(next((site.folder / "secure-sum").glob("*")).read_bytes(), "north")
+    kept = Progress.decode(next((site.folder / "secure-sum").glob("[0-9a-f]*")).read_bytes(), "north")
     assert kept.stage == "revealed" and not kept.seed and not kept.masking
 
 
@@ -133,7 +135,7 @@ def test_what_it_keeps_is_for_its_own_eyes_and_outlives_the_process(
     north: Any, keys: Any, conversation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Round(site := north(), keys).to_shares()
-    (kept,) = (site.folder / "secure-sum").iterdir()
+    (kept,) = (site.folder / "secure-sum").glob("[0-9a-f]*")
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     monkeypatch.setattr(conversation, "app", make_client_app(DEPLOYED))
     assert error(one.train()) == ""
@@ -233,6 +235,24 @@ def test_the_audit_log_tells_each_step_and_no_weight(north: Any, keys: Any) -> N
 
 def test_damage_to_what_it_keeps_stops_the_run_here(north: Any, keys: Any) -> None:
     one = Round(site := north(), keys).to_shares()
-    (kept,) = (site.folder / "secure-sum").iterdir()
+    (kept,) = (site.folder / "secure-sum").glob("[0-9a-f]*")
     kept.write_bytes(kept.read_bytes()[:-1])
     assert "cut off" in error(one.train())
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_of_two_processes_at_one_stage_the_first_alone_answers(
+    tmp_path: Path, tiny_federation: Any, keys: Any, folder: bool
+) -> None:
+    # A server that asks both at once to sign, each for another set of survivors, would have two signatures.
+    config = tiny_federation.config(**{"secure_sum.enabled": True})
+    roster = Roster({name: key.public_key() for name, key in keys.items()})
+    who, job = Identity(keys["north"], roster), Job("r", 1, "north", config.to_json(), "")
+    sums, place = SecureSums(durable=True), tmp_path if folder else None
+    first, second = (sums.open(job, config, "north", place, who) for _ in range(2))
+    sums.answer("keys", first, RecordDict({}), place)
+    with pytest.raises(UserError, match="has gone on with the secure sum in another process"):
+        sums.answer("keys", second, RecordDict({}), place)
+    third = sums.open(job, config, "north", place, who)
+    assert third.progress == first.progress
+    sums.answer("keys", third, RecordDict({}), place)
