@@ -22,13 +22,16 @@ from ..core.progress import SILENT, Watch
 from ..core.recent import Recent
 from ..core.wire import (
     NEEDS_STATE,
+    STEPS,
     Job,
     Kind,
     decode_adapter,
+    decode_answer,
     decode_job,
     decode_table,
     encode_adapter,
     encode_answer,
+    encode_masked,
     encode_refusal,
     record_of,
 )
@@ -38,6 +41,7 @@ from ..privacy.ledger import OverspentError
 from ..privacy.noise import RandomStream
 from ..privacy.plan import PrivacyPlan
 from ..privacy.release import noised
+from ..privacy.securesum import SecureSite, Terms
 from ..strategies import LocalRule, Training, create_aggregator
 from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
@@ -45,12 +49,13 @@ from .cohort import Cohort
 from .data import SiteData
 from .devicememory import OnSmaller
 from .evaluation import evaluate
-from .gate import left, require_allowed, require_refusal
+from .gate import left, require_allowed, require_masked, require_refusal, require_step
 from .job import own_version, sharing
 from .memory import SiteMemory
 from .policy import Dataset, NoPolicyError, Policy, PolicyError
 from .prepared import Encoded, Prepared, encode, ledger_of
 from .resident import Resident, resident
+from .securing import Identity, SecureSums, envelopes_of, mask
 from .together import train_together
 from .trainer import Lesson, Trained, require_memory
 from .upload import packed
@@ -67,6 +72,10 @@ _LOCAL, _PERSONAL = "site-local", "site-personal"
 Course = Generator[Lesson, Trained, RecordDict]
 
 
+def _nobody(config: RunConfig, site: str, folder: Path | None, context: Context) -> Identity:
+    raise UserError(f"site {site} has no signing key and no roster, which a secure sum needs")
+
+
 class _StateNotHeldError(UserError):
     """The instruction builds on a global adapter that this site does not hold."""
 
@@ -79,6 +88,7 @@ class Surroundings:
     audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
     the place that the policy names. ``rule`` gives a simulated attacker its own part in place of the strategy's.
     ``durable``: whether ledger and audit log survive a loss of power, see :mod:`fedgraft.privacy.journal`.
+    ``identity``: the site's signing key and its roster of the others', for secure sums.
     """
 
     name: Callable[[RunConfig | None, Context], str]
@@ -87,6 +97,7 @@ class Surroundings:
     data: Callable[[RunConfig, str, Path, Context], SiteData]
     rule: Callable[[LocalRule | None, RunConfig, Training], LocalRule | None] = lambda rule, config, training: rule
     durable: bool = True
+    identity: Callable[[RunConfig, str, Path | None, Context], Identity] = _nobody
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ class SiteClient:
         self._loose: Recent[tuple[str, ...], Any] = Recent(None)
         # Correlated noise goes on from round to round; its last rows are kept, or would have to be drawn anew.
         self._noise: OrderedDict[tuple[str, ...], CorrelatedNoise] = OrderedDict()
+        self._sums = SecureSums(durable=surroundings.durable)
         # Decisions that are in the audit log already: the policy and the job have not changed since.
         self._admitted: set[tuple[str, ...]] = set()
         # The global adapter as it was last received, shared by the sites of this process: decoded, and as it is held.
@@ -218,8 +230,13 @@ class SiteClient:
         if decided not in self._admitted:
             visit.log("allowed", dataset=dataset.name, policy={"file": policy.file, "sha256": policy.digest})
             self._admitted.add(decided)
-        received = None
+        # Whatever would stop a secure sum later must stop it now, before anything is trained.
+        secure, received = self._secure(visit.kind, job, config, here), None
+        if secure is not None and visit.kind in STEPS:
+            return self._step(visit.kind, job, here, secure, content)
         if visit.kind == "train":
+            if secure is not None:
+                secure.admit(envelopes_of(content))
             answer, received = yield from self._train(job, config, here, content)
         elif visit.kind == "refine":
             answer, received = self._refine(job, config, here, content)
@@ -236,7 +253,64 @@ class SiteClient:
                 fingerprint=job.fingerprint,
                 received=received,
             )
+        if secure is not None and received is not None:
+            return self._masked(job, visit.digest, here, secure, content, answer, received)
         return answer
+
+    def _secure(self, kind: Kind, job: Job, config: RunConfig, here: _Here) -> SecureSite | None:
+        """This site's side of the secure sum that an instruction of ``kind`` belongs to; None where to none."""
+        if not config.secure_sum.enabled and kind in STEPS:
+            raise UserError("the run has no secure sum (secure_sum.enabled = false)")
+        if not config.secure_sum.enabled or kind == "evaluate":
+            return None
+        if kind == "refine":
+            raise UserError("the run has a secure sum, and a second answer would be in the open; nothing is sent")
+        identity = self._surroundings.identity(config, here.site, here.folder, here.context)
+        return self._sums.open(job, config, here.site, here.folder, identity)
+
+    def _step(self, kind: Kind, job: Job, here: _Here, secure: SecureSite, content: RecordDict) -> RecordDict:
+        """The answer to an exchange of a secure sum beside the training."""
+        record = self._sums.answer(kind, secure, content, here.folder)
+        answer = encode_answer(kind, site=here.site, round=job.round, adapter=record)
+        with section("gate"):
+            require_step(kind, answer)
+        return answer
+
+    def _masked(
+        self,
+        job: Job,
+        digest: str,
+        here: _Here,
+        secure: SecureSite,
+        content: RecordDict,
+        answer: RecordDict,
+        received: AdapterState,
+    ) -> RecordDict:
+        """What leaves in place of ``answer``, which has passed the gate: masked numbers, and no weight beside them."""
+        plain = decode_answer(answer, "train", here.site)
+        names = received.spec.select("share")
+        state = decode_adapter(answer, received.spec, sender=here.site, names=names, base=received)
+        weight = int(plain.metrics["records"])
+        with section("wire"):
+            entries, beyond = mask(secure, content, state, received, weight, f"{digest}|{job.fingerprint}".encode())
+        if beyond:
+            self._watch.note(
+                f"site {here.site}: {beyond} of {entries.size - 1} numbers changed by more than secure_sum.range "
+                f"{secure.terms.limit:g} and count as that; raise it, or train.lr is too large"
+            )
+        # On the disk before it leaves: what was masked once is never masked again with the same masks.
+        self._sums.keep(secure, here.folder)
+        sent = encode_answer(
+            "train",
+            site=here.site,
+            round=job.round,
+            metrics={"steps": plain.metrics["steps"]},
+            privacy=plain.privacy,
+            adapter=encode_masked(entries),
+        )
+        with section("gate"):
+            require_masked(sent, entries.size, secure.terms.ring.dtype)
+        return sent
 
     def _smaller(self, site: str) -> OnSmaller:
         """What tells whoever watches, at the site, that fewer examples pass at a time."""
@@ -269,6 +343,8 @@ class SiteClient:
     def _hello(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> RecordDict:
         prepared, model = self._site(job, config, here)
         self._rule(job, config, here.site, {})  # a site that cannot do its part says so now
+        if config.secure_sum.enabled:
+            Terms.of(config, job.run, job.round).ring.require_weight(len(prepared.train))
         if job.round <= config.rounds:
             smaller = self._smaller(here.site)
             require_memory(model, prepared.train, config, private=config.privacy.enabled, on_smaller=smaller)
@@ -279,15 +355,13 @@ class SiteClient:
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
             if config.evaluation_release == "noised":
                 require_room(prepared, event_of_release(job, config, prepared), "held-out")
+        sizes = {"records": len(prepared.train), "held_out": len(prepared.held_out), "units": len(prepared.groups)}
         return encode_answer(
             "hello",
             site=here.site,
             round=job.round,
-            metrics={
-                "records": len(prepared.train),
-                "held_out": len(prepared.held_out),
-                "units": len(prepared.groups),
-            },
+            # Under a secure sum the weight of a site is part of what the server must not see.
+            metrics={} if config.secure_sum.enabled else sizes,
             facts={
                 "spec": model.adapter.spec.bare.digest,
                 "fingerprint": job.fingerprint,

@@ -12,9 +12,11 @@ from ..core.config import RunConfig
 from ..core.errors import PrivateError, UserError
 from ..core.progress import SILENT, Watch
 from ..core.wire import Kind
+from ..privacy.securesum.identity import load_roster, load_signing_key
 from .answering import SiteClient, Surroundings
 from .data import SiteData, load_site
 from .policy import Policy, load_policy
+from .securing import Identity
 
 
 def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> ClientApp:
@@ -33,6 +35,22 @@ def client_app(answer: Callable[[Kind, Message, Context], Message]) -> ClientApp
     @app.train()
     def local_training(message: Message, context: Context) -> Message:
         return answer("train", message, context)
+
+    @app.query("keys")
+    def keys_of_a_secure_sum(message: Message, context: Context) -> Message:
+        return answer("keys", message, context)
+
+    @app.query("shares")
+    def shares_of_its_secrets(message: Message, context: Context) -> Message:
+        return answer("shares", message, context)
+
+    @app.query("agree")
+    def agreement_on_survivors(message: Message, context: Context) -> Message:
+        return answer("agree", message, context)
+
+    @app.query("reveal")
+    def shares_to_unmask(message: Message, context: Context) -> Message:
+        return answer("reveal", message, context)
 
     @app.query("refine")
     def second_pass(message: Message, context: Context) -> Message:
@@ -78,6 +96,16 @@ def _own_data(config: RunConfig, site: str, path: Path, context: Context) -> Sit
     return load_site(config, site, str(path))
 
 
-#: A real site: its name, folder, policy and data come from its own node configuration.
-DEPLOYED = Surroundings(own_name, _own_folder, _own_policy, _own_data)
+def _own_identity(config: RunConfig, site: str, folder: Path | None, context: Context) -> Identity:
+    def place(key: str, usual: str) -> Path:
+        chosen = str(context.node_config.get(key, ""))
+        if not chosen and folder is None:
+            raise UserError(f'site {site}: give {key}="FILE" in the node configuration, for the secure sum')
+        return Path(chosen) if chosen or folder is None else folder / usual
+
+    return Identity(load_signing_key(place("signing-key", "signing.key")), load_roster(place("roster", "roster.toml")))
+
+
+#: A real site: its name, folder, policy, data, key and roster come from its own node configuration.
+DEPLOYED = Surroundings(own_name, _own_folder, _own_policy, _own_data, identity=_own_identity)
 app = make_client_app(DEPLOYED)

@@ -12,19 +12,33 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from ..core.adapter import AdapterState
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
-from ..core.wire import Answer, Kind, content_bytes, decode_adapter, decode_answer, decode_table, record_of
+from ..core.wire import (
+    Answer,
+    Kind,
+    content_bytes,
+    decode_adapter,
+    decode_answer,
+    decode_masked,
+    decode_secure,
+    decode_table,
+    record_of,
+)
+from ..privacy.securesum.terms import MOST_SITES
 from .policy import Dataset, Policy, PolicyError, exceeds
 
 _SIZES = {"records", "held_out", "units"}
 _COUNTS = {"examples", "correct", "loss_sum"}
 _ROUNDING = 1e-9
 _ITSELF = "the answer"
+#: Bytes that an answer of a secure sum says of one site, at most: a name, and a signature or shares.
+_MOST_A_SITE = 1000
 
 
 class GateError(UserError):
@@ -67,6 +81,8 @@ def require_allowed(
         answer = decode_answer(content, kind, _ITSELF)
         if answer.error or answer.code:
             raise UserError("it is a refusal that carries more than its text")
+        if {"secure", "masked"} & set(content):
+            raise UserError("it carries a part of a secure sum, which has answers of its own")
         _require_adapter(content, received, policy)
         _require_facts(answer, kind, fingerprint)
     except PolicyError:
@@ -75,6 +91,31 @@ def require_allowed(
         raise GateError(str(error)) from None
     _require_metrics(answer, config, policy)
     _require_statement(answer.privacy, config, policy, dataset, trained=received is not None)
+
+
+def require_step(kind: Kind, content: RecordDict) -> None:
+    """Raise :class:`GateError` unless ``content`` is an answer of a secure sum beside the training: one message of the
+    protocol, of a size that it can have, and nothing else."""
+    try:
+        decode_answer(content, kind, _ITSELF)
+        size = len(decode_secure(content, _ITSELF))
+    except UserError as error:
+        raise GateError(str(error)) from None
+    if set(content) != {"site", "secure"} or size > _MOST_A_SITE * (MOST_SITES + 1):
+        raise GateError("it carries more than its part of the secure sum")
+
+
+def require_masked(content: RecordDict, entries: int, dtype: np.dtype) -> None:
+    """Raise :class:`GateError` unless ``content`` is a masked update: ``entries`` numbers of ``dtype``, and beside them
+    no metric but the steps."""
+    try:
+        answer, found = decode_answer(content, "train", _ITSELF), decode_masked(content, _ITSELF)
+    except UserError as error:
+        raise GateError(str(error)) from None
+    if set(content) - {"site", "metrics", "privacy", "masked"} or set(answer.metrics) != {"steps"}:
+        raise GateError("it carries more than a masked update")
+    if found.shape != (entries,) or found.dtype != dtype:
+        raise GateError(f"it carries {found.size} numbers of {found.dtype}, not {entries} of {dtype}")
 
 
 def left(content: RecordDict) -> dict[str, Any]:
@@ -87,6 +128,9 @@ def left(content: RecordDict) -> dict[str, Any]:
         table = decode_table(content, _ITSELF)
         told["wire"] = table.wire
         told["tensors"] = {name: list(shape) for name, shape in table.tensors}
+    if "masked" in content:
+        entries = decode_masked(content, _ITSELF)
+        told["masked"] = {"entries": entries.size, "dtype": entries.dtype.name}
     return told
 
 

@@ -60,6 +60,7 @@ sizes = "exact"                # numbers of records and units, which weigh the s
 dp = true                      # false: updates may leave without differential privacy, without any bound
 secret_noise = true            # false: noise may come from a seed, which protects nobody
 honest = true                  # false: a job may have sites send what they did not learn (simulated attackers)
+secure_sum = false             # true: the server must see no update of this site alone, but the sum of at least three
 
 [code]                         # what runs here: this site's own installation, never what a job brings
 version = ""                   # the fedgraft that must be installed; "": any
@@ -132,11 +133,12 @@ class Metrics(Section):
 
 
 class Require(Section):
-    """Protections that a job must have; all unless the policy says otherwise."""
+    """Protections that a job must have; all but ``secure_sum`` unless the policy says otherwise."""
 
     dp: bool = True
     secret_noise: bool = True
     honest: bool = True
+    secure_sum: bool = False
 
 
 class Code(Section):
@@ -301,6 +303,8 @@ class Policy:
                 yield no("the job's noise comes from its seed", "require", "secret_noise")
             if not _listed(privacy.engine, self.allow.engines):
                 yield no(f"the job asks for privacy.engine {privacy.engine}", "allow", "engines")
+        if self.require.secure_sum and not config.secure_sum.enabled:
+            yield no("the job sends each update in the open (secure_sum.enabled = false)", "require", "secure_sum")
         attacker = next((s.name for s in config.data.sites if s.attack), "") if self.require.honest else ""
         if attacker:
             yield no(f"the job has site {attacker} attack (data.sites[].attack)", "require", "honest")

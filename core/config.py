@@ -170,6 +170,20 @@ class CentralConfig(Section):
     seeded_noise_not_private: bool = Field(False, description="noise and sampling from `seed`: for tests, NOT private")
 
 
+class SecureSumConfig(Section):
+    """A sum of the sites' updates of which the server learns nothing but the sum. Off unless asked for."""
+
+    enabled: bool = Field(False, description="mask every update; the masks cancel in the sum, see docs/secure-sum.md")
+    threshold: int = Field(
+        0, ge=0, description="sites that must be left in a round, or nothing is unmasked; 0: more than two thirds"
+    )
+    bits: Literal[32, 64] = Field(64, description="of a number on the wire; 32: half the bytes, and less exact")
+    range: float = Field(8.0, gt=0, description="the most that a number changes by in a round; more counts as that")
+    most_records: int = Field(
+        1 << 20, ge=1, description="the largest weight of a site; the nearer the weights are, the more exact the sum"
+    )
+
+
 class ServerConfig(Section):
     """Rounds and the wire."""
 
@@ -500,6 +514,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     central: CentralConfig = CentralConfig()
+    secure_sum: SecureSumConfig = SecureSumConfig()
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulation: SimulationConfig = SimulationConfig()

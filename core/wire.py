@@ -1,12 +1,15 @@
 """Messages between server and site: the only file of ``core`` that knows Flower.
 
-Four records, all declared here; a record, key or metric that is not declared is refused at the receiving end, so what
+A few records, all declared here; a record, key or metric that is not declared is refused at the receiving end, so what
 leaves a site is exactly this list.
 
     instruction (server -> site): ``job`` (run, round, site, configuration, base-model fingerprint),
-                                  ``adapter`` + ``table``
+                                  ``adapter`` + ``table``, ``secure``
     answer      (site -> server): ``site`` (name, round, error, code), ``metrics``, ``privacy``, ``facts``,
-                                  ``adapter`` + ``table``
+                                  ``adapter`` + ``table``, ``secure``, ``masked``
+
+``secure`` is a message of the secure sum (:mod:`fedgraft.privacy.securesum.messages`), ``masked`` what stands for an
+adapter there.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from .packing import Table, pack, pack_change, unpack
 from .profile import section
 from .update import PrivacyStatement
 
-Kind = Literal["hello", "train", "refine", "evaluate"]
+Kind = Literal["hello", "keys", "shares", "train", "agree", "reveal", "refine", "evaluate"]
+#: The exchanges of a secure sum beside the training itself.
+STEPS: tuple[Kind, ...] = ("keys", "shares", "agree", "reveal")
 #: What became of a site that was asked and did not contribute: it is not there, it does not answer in time, its process
 #: fails, or what it sends (a line that says why it cannot, or an answer that does not pass) does not count.
 Fault = Literal["absent", "late", "crashed", "refused"]
@@ -39,13 +44,14 @@ FAULTS: tuple[Fault, ...] = ("absent", "late", "crashed", "refused")
 #: Every metric that may leave a site, by the kind of message. ``loss`` only where no privacy is promised.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "hello": ("records", "held_out", "units"),
+    **dict.fromkeys(STEPS, ()),
     "train": ("records", "steps", "loss"),
     "refine": ("records",),
     "evaluate": ("examples", "correct", "loss_sum"),
 }
 NEEDS_STATE = "needs-state"
 #: The arrays that packing makes.
-_DTYPES = ("float32", "float64", "float16", "int16", "int8", "uint8", "uint32")
+_DTYPES = ("float32", "float64", "float16", "int16", "int8", "uint8", "uint32", "uint64")
 #: What NumPy may take for the head of an array of few dimensions.
 _HEAD = 1 << 12
 _HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -57,7 +63,12 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 _STATEMENT: Mapping[str, Any] = asdict(PrivacyStatement(enabled=False))
 
 #: The records of a message, and the kind of each.
-_INSTRUCTION: Mapping[str, type] = {"job": ConfigRecord, "adapter": ArrayRecord, "table": ConfigRecord}
+_INSTRUCTION: Mapping[str, type] = {
+    "job": ConfigRecord,
+    "adapter": ArrayRecord,
+    "table": ConfigRecord,
+    "secure": ConfigRecord,
+}
 _ANSWER: Mapping[str, type] = {
     "site": ConfigRecord,
     "metrics": MetricRecord,
@@ -65,6 +76,8 @@ _ANSWER: Mapping[str, type] = {
     "facts": ConfigRecord,
     "adapter": ArrayRecord,
     "table": ConfigRecord,
+    "secure": ConfigRecord,
+    "masked": ArrayRecord,
 }
 
 
@@ -143,6 +156,35 @@ def decode_adapter(
     packed = record_of(content, "adapter", ArrayRecord)
     arrays = {key: _numbers(key, array, sender) for key, array in packed.items()} if packed is not None else {}
     return unpack(arrays, table, spec, sender=sender, names=names, held=held, base=base)
+
+
+def encode_secure(message: bytes) -> RecordDict:
+    """The ``secure`` record."""
+    return RecordDict({"secure": ConfigRecord({"message": message})})
+
+
+def decode_secure(content: RecordDict, sender: str) -> bytes:
+    """The inverse of :func:`encode_secure`."""
+    record = record_of(content, "secure", ConfigRecord)
+    message = record.get("message") if record is not None else None
+    if not isinstance(message, bytes) or len(record or ()) != 1:
+        raise UserError(f"{sender}: the message holds nothing of the secure sum")
+    return message
+
+
+def encode_masked(entries: np.ndarray) -> RecordDict:
+    """The ``masked`` record, of a flat array of uint32 or uint64."""
+    with section("wire"):
+        return RecordDict({"masked": ArrayRecord({"entries": _packed(entries)})})
+
+
+def decode_masked(content: RecordDict, sender: str) -> np.ndarray:
+    """The inverse of :func:`encode_masked`; of any shape and dtype."""
+    record = record_of(content, "masked", ArrayRecord)
+    if record is None or set(record) != {"entries"}:
+        raise UserError(f"{sender}: the message holds no masked numbers")
+    with section("wire"):
+        return _numbers("entries", record["entries"], sender)
 
 
 def _numbers(key: str, array: Array, sender: str) -> np.ndarray:
@@ -380,8 +422,10 @@ def content_bytes(content: RecordDict) -> int:
             continue
         # The configuration of thousands of sites is one long text, and the same in every instruction.
         long = {key: text for key, text in record.items() if isinstance(text, str) and len(text) >= _LONG}
-        short = {key: "" if key in long else value for key, value in record.items()}
+        raw = {key: data for key, data in record.items() if isinstance(data, bytes)}
+        short = {key: "" if key in long or key in raw else value for key, value in record.items()}
         total += len(json.dumps(short, default=str)) + sum(_json_bytes(text) - 2 for text in long.values())
+        total += sum(map(len, raw.values()))
     return total
 
 

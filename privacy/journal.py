@@ -101,7 +101,7 @@ class Journal:
                     os.fsync(file)
                     if end == 0:
                         # Whoever made these folders may have died before they were on the disk.
-                        _sync(self.path.parent, self.path.parent.parent)
+                        sync_folders(self.path.parent, self.path.parent.parent)
         except OSError as error:
             raise self.cannot_write(error) from None
         return chained
@@ -149,7 +149,7 @@ def locked(path: Path, *, durable: bool = True) -> Iterator[int]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
         if durable:
-            _sync(*changed)
+            sync_folders(*changed)
     finally:
         os.close(file)
 
@@ -164,7 +164,8 @@ def _created(path: Path) -> tuple[int, list[Path]]:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o600), changed
 
 
-def _sync(*folders: Path) -> None:
+def sync_folders(*folders: Path) -> None:
+    """Make what was created or renamed in ``folders`` survive a loss of power."""
     for folder in folders:
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -31,6 +31,7 @@ from ..strategies import Aggregator, Training
 from ..strategies.central import CentralPrivacy
 from ..strategies.compose import compose
 from ..strategies.flower import PeftStrategy
+from ..strategies.secure_sum import SecureSumStrategy, told
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .files import write_folder
@@ -139,7 +140,8 @@ class Federation:
             self._rule.score = make_score(config, self.base, self.adapter, task)
         self.run = self._resumed() if resume else self._fresh()
         state = self.checkpoint.state
-        self.strategy = PeftStrategy(self._rule, state, config, run=self.run["run"], fingerprint=self.base.fingerprint)
+        kind = SecureSumStrategy if config.secure_sum.enabled else PeftStrategy
+        self.strategy = kind(self._rule, state, config, run=self.run["run"], fingerprint=self.base.fingerprint)
         if self._rule.score is None:
             # The tensors live in `state` now; the sites load a model of their own.
             self.base.model.to("meta")
@@ -383,8 +385,8 @@ class Federation:
         here = set(self.strategy.sites.values()).difference(self.strategy.phase.resting)
         self.watch.phase_started("train", number, len(here))
         if here:
-            self._exchange(messages)
-            self._exchange(self.strategy.configure_refine())
+            for exchange in self.strategy.exchanges(messages):
+                self._exchange(exchange)
         with section("aggregate"):
             enough = self.strategy.finish_train()
         line = self.strategy.record(time.monotonic() - began)
@@ -396,6 +398,12 @@ class Federation:
             answered = len(self.strategy.phase.metrics.keys() - missing.keys())
             why = "; ".join(f"{site}: {reason.removeprefix(f'{site}: ')}" for site, reason in sorted(missing.items()))
             asked = len(self.config.site_names) - len(self.strategy.phase.resting)
+            if self.strategy.shortfall:
+                why = f": {why}" if why else ""
+                raise UserError(
+                    f"round {number}: {self.strategy.shortfall}{why}; --resume {self.rundir.path} goes on from round "
+                    f"{number}"
+                )
             raise UserError(
                 f"round {number}: {answered} of {asked} sites answered, the quorum is "
                 f"{min(self.config.quorum, asked)} ({why}); --resume {self.rundir.path} goes on from round {number}"
@@ -439,6 +447,9 @@ class Federation:
         rounds = self.checkpoint.round
         shares = max(1, self._tally.updates)
         sites = {name: self._tally.site(name, self.facts.get(name, {})) for name in self.config.site_names}
+        if self.config.secure_sum.enabled:
+            for site in sites.values():
+                site |= dict.fromkeys(("records", "units", "held_out"))  # which stay at the sites
         aggregator, method = self.aggregator, create_method(self.config.method.name)
         return {
             "fedgraft": __version__,
@@ -478,6 +489,7 @@ class Federation:
             "sites": sites,
             "missed": {fault: sum(site["missed"][fault] for site in sites.values()) for fault in FAULTS},
             "central": self._central(),
+            "secure_sum": told(self.config, [line for line in lines if "secure_sum" in line]),
             "bytes_up": up,
             "bytes_down": down,
             "bytes_up_round": up // shares,

@@ -83,7 +83,7 @@ def works_with(name: str, cls: type[Aggregator]) -> dict[str, str]:
     reasons = {
         "differential privacy at the sites": _private(cls),
         "secure sum": secure_sum_refusal(name, can) or "",
-        "central privacy": (secure_sum_refusal(name, can) and "it is no sum of updates")
+        "central privacy": ("" if can.linear_sum else "it is no sum of updates")
         or ("it asks each site twice a round" if can.two_passes else ""),
         "mixed ranks": "" if can.heterogeneous_ranks else "all sites need one rank",
         "server optimiser": ("it makes new factors each round" if can.resets_state else "")

@@ -19,13 +19,24 @@ POOLED = "pooled"
 
 #: Sections and keys that mean nothing to a baseline, beside those that :func:`applied` works out.
 _IGNORED = {
-    "none": ("strategy", "strategy_options", "central", "server", "simulation", "train", "rounds", "tensor_policy"),
-    "local": ("strategy", "strategy_options", "central", "server", "simulation"),
-    "central": ("strategy", "strategy_options", "central", "server", "simulation"),
+    "none": (
+        "strategy",
+        "strategy_options",
+        "central",
+        "secure_sum",
+        "server",
+        "simulation",
+        "train",
+        "rounds",
+        "tensor_policy",
+    ),
+    "local": ("strategy", "strategy_options", "central", "secure_sum", "server", "simulation"),
+    "central": ("strategy", "strategy_options", "central", "secure_sum", "server", "simulation"),
     "full": (
         "strategy",
         "strategy_options",
         "central",
+        "secure_sum",
         "server",
         "simulation",
         "method",
@@ -61,7 +72,7 @@ def applied(config: RunConfig) -> RunConfig:
     values = config.model_dump(mode="json")
     sites = [_plain(site) for site in values["data"]["sites"]]
     at_work = config.server.sites_per_round or len(sites)
-    for key in ("strategy", "strategy_options", "central"):
+    for key in ("strategy", "strategy_options", "central", "secure_sum"):
         del values[key]
     values["server"] = {key: values["server"][key] for key in _KEPT}
     values["simulation"] = {"baseline": baseline}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -82,16 +82,16 @@ def final_table(run: Mapping[str, Any]) -> Table:
     for name, site in run["sites"].items():
         if name not in shown:
             continue
-        row = [name, f"{site['records']:,}"]
+        row = [name, _count([site], "records")]
         if private and unit == "patient":
-            row.append(f"{site['units']:,}")
+            row.append(_count([site], "units"))
         row += [percent(site["accuracy_before"]), percent(site["accuracy"])]
         row += [f"{site['epsilon']:.2f}", f"{site['delta']:g}", site["unit"]] if site["epsilon"] else ["none", "–", "–"]
         table.add_row(*row)
     spent = [site["epsilon"] for site in run["sites"].values() if site["epsilon"]]
-    total = ["all", f"{sum(site['records'] for site in run['sites'].values()):,}"]
+    total = ["all", _count(run["sites"].values(), "records")]
     if private and unit == "patient":
-        total.append(f"{sum(site['units'] for site in run['sites'].values()):,}")
+        total.append(_count(run["sites"].values(), "units"))
     total += [percent(run["accuracy"]["before"]), percent(run["accuracy"]["after"])]
     total += [f"≤ {max(spent):.2f}", "", ""] if spent else ["none", "", ""]
     if len(shown) < len(run["sites"]):
@@ -99,6 +99,12 @@ def final_table(run: Mapping[str, Any]) -> Table:
     table.add_section()
     table.add_row(*total, style="bold")
     return table
+
+
+def _count(sites: Iterable[Mapping[str, Any]], key: str) -> str:
+    """A count over all ``sites``; a dash where it stayed with them."""
+    counts = [site[key] for site in sites]
+    return "–" if None in counts else f"{sum(counts):,}"
 
 
 def _shown(sites: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -46,7 +46,7 @@ class Fates:
             return None
         if self._availability.away(site, round):
             return Fate("absent", "away in this round")
-        if round in own.crashes:
+        if round in own.crashes and kind not in ("keys", "shares"):
             if kind == "train":
                 return Fate("crashed", "it died in the middle of the training")
             return Fate("absent", "its process died in this round")

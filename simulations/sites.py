@@ -13,6 +13,7 @@ from ..client.app import own_name
 from ..client.cohort import Cohort
 from ..client.data import SiteData
 from ..client.policy import Policy, load_policy, unrestricted
+from ..client.securing import Identity
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
@@ -22,6 +23,7 @@ from ..strategies import LocalRule, Training
 from .attackers import attacking, sends_nan, spoilt
 from .backdoor import poisoned
 from .fate import Doomed, Fate, Fates
+from .identities import simulated
 from .scenario import site_data
 
 _KEEP = 2
@@ -57,7 +59,13 @@ class SimulatedSites:
         def data(config: RunConfig, site: str, path: Path, context: Context) -> SiteData:
             return poisoned(site_data(config)[site], config)
 
-        self._client = SiteClient(Surroundings(own_name, place, policy, data, self._rule, durable=False), watch, cohort)
+        identities: Recent[str, Callable[[str], Identity]] = Recent(_KEEP)
+
+        def identity(config: RunConfig, site: str, here: Path | None, context: Context) -> Identity:
+            return identities.get(",".join((str(config.seed), *config.site_names)), lambda: simulated(config))(site)
+
+        surroundings = Surroundings(own_name, place, policy, data, self._rule, durable=False, identity=identity)
+        self._client = SiteClient(surroundings, watch, cohort)
         self._fates: Recent[str, Fates] = Recent(_KEEP)
         #: Whose training of the round at hand is lost.
         self._lost: dict[str, Fate] = {}

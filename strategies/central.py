@@ -11,6 +11,7 @@ from ..core.adapter import AdapterSpec, AdapterState, TensorSpec
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import Update
+from ..core.vector import flat, moved
 from ..privacy.accounting import epsilon
 from ..privacy.central import CentralPlan, ClippedSum, Randomness
 from ..privacy.ledger import Ledger, Limit
@@ -115,7 +116,7 @@ class CentralPrivacy(Wrapper):
             if not update.state[name].shape == sent[name].shape == self._sent[name].shape:
                 raise UserError(f"{site}: tensor {name} has another shape there; central privacy needs one rank")
         try:
-            self._sum.add(_flat(update.state, self._names) - _flat(sent, self._names))
+            self._sum.add(flat(update.state, self._names) - flat(sent, self._names))
         except UserError as error:
             raise UserError(f"{site}: {error}") from None
         self._heard.add(site)
@@ -136,7 +137,7 @@ class CentralPrivacy(Wrapper):
         if plan.adaptive:
             self.clip = finished.next_clip(within)
         self.completed += 1
-        self.inner.add(Update(TOGETHER, _moved(self._sent, self._names, mean), 1.0))
+        self.inner.add(Update(TOGETHER, moved(self._sent, self._names, mean), 1.0))
         return self.inner.result()
 
     def memory(self) -> Mapping[str, AdapterState]:
@@ -198,20 +199,3 @@ class CentralPrivacy(Wrapper):
             "noise_norm": plan.noise_norm(parameters),
             "private_noise": not plan.seeded_noise_not_private and self._ledger.private_noise(),
         }
-
-
-def _flat(state: AdapterState, names: Sequence[str]) -> np.ndarray:
-    """The tensors ``names`` of ``state``, one after the other, in float64."""
-    parts = [state[name].astype(np.float64).reshape(-1) for name in names]
-    return np.concatenate(parts) if parts else np.zeros(0)
-
-
-def _moved(state: AdapterState, names: Sequence[str], by: np.ndarray) -> AdapterState:
-    """The tensors ``names`` of ``state``, moved by the flat ``by``."""
-    moved, at = {}, 0
-    for name in names:
-        array = state[name]
-        step = by[at : at + array.size].reshape(array.shape)
-        moved[name] = (array.astype(np.float64) + step).astype(array.dtype)
-        at += array.size
-    return AdapterState(state.spec, moved, names=names)

@@ -153,6 +153,19 @@ class PeftStrategy(Strategy):
         for reply in ordered:
             self._take(reply)
 
+    def exchanges(self, first: Iterable[Message]) -> Iterator[Iterable[Message]]:
+        """What a training exchanges with the sites, one after the other; ``first``: from :meth:`configure_train`.
+
+        Each is to be over, its answers collected, before the next is asked for.
+        """
+        yield first
+        yield self.configure_refine()
+
+    @property
+    def shortfall(self) -> str:
+        """Why a training came to nothing, where the answers that are missing do not say it."""
+        return ""
+
     def second_chances(self) -> Iterable[Message]:
         """Full instructions for sites that turned out not to hold the adapter (a restarted site)."""
         waiting, self._waiting = self._waiting, set()
@@ -294,23 +307,26 @@ class PeftStrategy(Strategy):
             self._accept_refined(answer, reply, site)
             return
         if self.phase.kind == "train":
-            state = self._decode(reply, site)
-            if state.spec != self._sent[site].spec:
-                raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
-            records = answer.metrics.get("records", 0)
-            if not 1 <= records <= _MOST_RECORDS:
-                raise UserError(f"{site}: trained on {records:g} records")
-            privacy = answer.privacy or PrivacyStatement(enabled=False)
-            if self.config.privacy.enabled:
-                self._require_promise(site, privacy, answer.metrics)
-            with section("aggregate"):
-                self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
+            self._accept_update(answer, reply, site)
         elif not 0 <= answer.metrics.get("correct", 0) <= answer.metrics.get("examples", 0):
             raise UserError(f"{site}: counted more correct answers than examples")
         if answer.privacy is not None:
             self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics
         self._answered += 1
+
+    def _accept_update(self, answer: Answer, reply: Message, site: str) -> None:
+        state = self._decode(reply, site)
+        if state.spec != self._sent[site].spec:
+            raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
+        records = answer.metrics.get("records", 0)
+        if not 1 <= records <= _MOST_RECORDS:
+            raise UserError(f"{site}: trained on {records:g} records")
+        privacy = answer.privacy or PrivacyStatement(enabled=False)
+        if self.config.privacy.enabled:
+            self._require_promise(site, privacy, answer.metrics)
+        with section("aggregate"):
+            self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
 
     def _decode(self, reply: Message, site: str) -> AdapterState:
         sent = self._sent[site]

@@ -14,6 +14,7 @@ from . import elements as el
 from .central import central
 from .promise import SEEDED, promise
 from .record import Record, read_record, told_accuracy, told_epsilon
+from .secure_sum import secure_sum
 from .sites import KEPT, sites, some, swatch
 from .times import times
 
@@ -41,7 +42,7 @@ def render(record: Record) -> str:
         el.section("Warnings", _warnings(record)),
         el.section("Course of the run", _charts(record)),
         el.section("Sites", sites(record)),
-        el.section("What is promised", promise(record) + central(record)),
+        el.section("What is promised", promise(record) + central(record) + secure_sum(record)),
         el.section("Missing sites", faults.counts(record) + _missing(record)),
         el.section("Virtual time", faults.virtual_time(record)),
         el.section("Backdoor", faults.backdoor(record)),

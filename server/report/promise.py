@@ -14,9 +14,9 @@ def promise(record: Record) -> str:
     if not record.private:
         return (
             f"<p><b>Nothing{' by the sites' if record.run.get('central') else ''}.</b> Training ran without "
-            "differential privacy. Each site sent its adapter as trained; the server, whoever reads the traffic and "
-            "whoever holds the final adapter may learn about single records. Only the records themselves stayed where "
-            "they were.</p>" + el.terms([("Evaluation", _evaluation_words(record)), ("Treated as public", _PUBLIC)])
+            f"differential privacy. {_UNPROTECTED[bool(record.run.get('secure_sum'))]} may learn about single "
+            "records. Only the records themselves stayed where they were.</p>"
+            + el.terms([("Evaluation", _evaluation_words(record)), ("Treated as public", _PUBLIC)])
         )
     lead = (
         f'<p class="bad"><b>{SEEDED}.</b> None of the following holds for this run; it is what the same run would '
@@ -39,6 +39,11 @@ def promise(record: Record) -> str:
     )
 
 
+#: Without and with a secure sum.
+_UNPROTECTED = (
+    "Each site sent its adapter as trained; the server, whoever reads the traffic and whoever holds the final adapter",
+    "Each site's adapter was masked, but the sum was not noised: whoever knows it or holds the final adapter",
+)
 _TRUST = (
     "The site alone. It clips and noises on its own machine before anything leaves. The server, the other sites, "
     "whoever reads the traffic and whoever is given the adapter need not be trusted for this."

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedgraft.client.gate import GateError, left, require_allowed, require_refusal
+from fedgraft.client.gate import GateError, left, require_allowed, require_masked, require_refusal, require_step
 from fedgraft.client.policy import TEMPLATE, Policy, PolicyError
 from fedgraft.core.adapter import AdapterSpec, AdapterState, TensorSpec
 from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.update import PrivacyStatement
-from fedgraft.core.wire import encode_adapter, encode_answer, encode_refusal
+from fedgraft.core.wire import STEPS, encode_adapter, encode_answer, encode_masked, encode_refusal, encode_secure
 
 FINGERPRINT = "ab" * 32
 POLICY = TEMPLATE.replace("base_models = []", f'base_models = ["{FINGERPRINT}"]').replace('"*classifier*"', '"head"')
@@ -336,3 +336,74 @@ def test_the_digest_of_what_left_hangs_on_every_part_of_it() -> None:
     digests = [left(content)["sha256_of_content"] for content in contents]
     assert len(set(digests)) == len(contents)
     assert left(update())["sha256_of_content"] == digests[0]
+
+
+# A secure sum
+
+
+MASKED = np.arange(19, dtype=np.uint64)
+
+
+def masked(entries: np.ndarray = MASKED, **changes: Any) -> RecordDict:
+    values: dict[str, Any] = {"metrics": {"steps": 3}, "privacy": STATEMENT, "adapter": encode_masked(entries)}
+    return encode_answer("train", site="north", round=1, **{**values, **changes})
+
+
+def step(kind: Any, message: bytes = b"shares") -> RecordDict:
+    return encode_answer(kind, site="north", round=1, adapter=encode_secure(message))
+
+
+def test_the_answers_of_a_secure_sum_pass() -> None:
+    require_masked(masked(), 19, MASKED.dtype)
+    require_masked(masked(privacy=None), 19, MASKED.dtype)
+    for kind in STEPS:
+        require_step(kind, step(kind))
+
+
+@pytest.mark.parametrize("make", [hello, update, counts])
+@pytest.mark.parametrize("part", [encode_secure(b"x"), encode_masked(MASKED)], ids=["secure", "masked"])
+def test_no_other_answer_carries_a_part_of_one(
+    gate: Callable[..., None], make: Callable[[], RecordDict], part: RecordDict
+) -> None:
+    content = RecordDict({**make(), **part})
+    with pytest.raises(GateError, match="part of a secure sum"):
+        gate({hello: "hello", update: "train", counts: "evaluate"}[make], content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        masked(metrics={"steps": 3, "records": 90}),
+        masked(metrics={"steps": 3, "loss": 0.1}),
+        masked(metrics={}),
+        masked(facts={"spec": "ab"}),
+        masked(MASKED[:-1]),
+        masked(MASKED.astype(np.uint32)),
+        RecordDict({**masked(), **encode_adapter(STATE.only(SHARED), wire="fp32")}),
+        RecordDict({**masked(), **encode_secure(b"more")}),
+        RecordDict({**masked(), "extra": ConfigRecord({"text": "jane doe"})}),
+        update(),
+    ],
+)
+def test_a_masked_update_carries_its_numbers_and_nothing_else(content: RecordDict) -> None:
+    with pytest.raises(GateError):
+        require_masked(content, 19, MASKED.dtype)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_of_it_carries_one_message_and_nothing_else(kind: Any) -> None:
+    for content in (
+        step(kind, bytes(2_000_000)),
+        RecordDict({**step(kind), **encode_masked(MASKED)}),
+        RecordDict({**step(kind), "metrics": MetricRecord({"records": 90})}),
+        RecordDict({**step(kind), "privacy": update()["privacy"]}),
+        encode_answer(kind, site="north", round=1),
+    ):
+        with pytest.raises(GateError):
+            require_step(kind, content)
+
+
+def test_the_audit_log_tells_of_masked_numbers_without_the_weight() -> None:
+    told = left(masked())
+    assert told["masked"] == {"entries": 19, "dtype": "uint64"}
+    assert told["metrics"] == {"steps": 3} and "tensors" not in told

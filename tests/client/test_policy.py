@@ -239,7 +239,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     "no TOML": (FULL.replace("[allow]", "[allow"), "not valid TOML"),
     "empty": ("", "`dataset` is missing"),
     "unknown key": (FULL.replace("max_delta", "max_dleta"), "line 13: unknown key `dataset.1.max_dleta`"),
-    "unknown section": (FULL + "[extra]\nx = 1\n", "line 36: unknown key `extra`"),
+    "unknown section": (FULL + "[extra]\nx = 1\n", "line 37: unknown key `extra`"),
     "missing key": (FULL.replace('engines = ["exact"]', ""), "line 15: `allow.engines` is missing"),
     "missing section": (FULL.replace("[metrics]", "[metricks]"), "unknown key `metricks`"),
     "text for a number": (FULL.replace("= 8.0", '= "8"'), "line 11: `dataset.1.max_epsilon`: Input should be a valid"),

@@ -135,7 +135,7 @@ def test_what_a_strategy_works_with_is_what_a_run_refuses() -> None:
         "fedit": {"mixed ranks"},
         "fedex": {"secure sum", "central privacy", "mixed ranks", "server optimiser"},
         "flexlora": {"secure sum", "central privacy", "server optimiser"},
-        "fedask": {"central privacy", "server optimiser"},
+        "fedask": {"secure sum", "central privacy", "server optimiser"},
         "ditto": {"differential privacy at the sites", "mixed ranks"},
         "ifca": {"differential privacy at the sites", "secure sum", "central privacy", "mixed ranks"},
     }

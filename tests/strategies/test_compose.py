@@ -99,6 +99,7 @@ def test_a_rule_that_looks_at_single_updates_is_refused_under_a_secure_sum() -> 
     assert secure_sum_refusal("fedit", Capabilities(linear_sum=True)) is None
     assert "single updates" in str(secure_sum_refusal("krum", Capabilities(needs_individual=True)))
     assert "add them up" in str(secure_sum_refusal("flora", Capabilities()))
+    assert "twice a round" in str(secure_sum_refusal("fedask", Capabilities(linear_sum=True, two_passes=True)))
 
 
 def test_patterns_make_tensors_personal_frozen_or_scheduled() -> None:
