@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -143,7 +144,8 @@ class Authority:
         server = self.federation.server
         key = certificates.new_key()
         days = self.federation.certificates.server_days
-        hosts = (server.host, *server.names)
+        # Its own processes reach a server that listens at one address there.
+        hosts = (server.host, *server.names, *(() if ip_address(server.listen).is_unspecified else (server.listen,)))
         certificate = certificates.server(self.federation.name, key.public_key(), hosts, days, self.signer)
         folder = private_folder(self.kits / "server")
         certificates.write_key(folder / "server.key", key)

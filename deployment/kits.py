@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
@@ -15,6 +16,8 @@ from .federation import Server, read_toml
 from .files import read, require_private
 from .roster import Roster, read_roster
 
+#: The environment variable by which the ServerApp finds the folder of the server's kit.
+SERVER_KIT = "FEDGRAFT_SERVER_KIT"
 _ASK = "ask the coordinator for this site's kit"
 _SEND = "send site.csr to the coordinator and put the site.crt that comes back here"
 _INIT = "run: fedgraft site init"
@@ -67,6 +70,22 @@ class ServerKit:
     def roster(self) -> Roster:
         """The sites that may take part, as the file says now. Raises :class:`UserError`."""
         return _roster(self.folder, self.authority, self.settings.federation)
+
+    @property
+    def own_address(self) -> str:
+        """By which address processes on the server's machine reach it."""
+        listen = ip_address(self.settings.server.listen)
+        return str(listen) if not listen.is_unspecified else "127.0.0.1" if listen.version == 4 else "::1"
+
+    @property
+    def state(self) -> Path:
+        """Where the SuperLink keeps what it must not forget."""
+        return self.folder / "state"
+
+    @property
+    def nodes(self) -> Path:
+        """Which of Flower's nodes is which site, as JSON."""
+        return self.state / "nodes.json"
 
     @property
     def runs(self) -> Path:

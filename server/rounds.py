@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +40,8 @@ from .rundir import RunDirectory, each_metric, now
 from .tally import Tally
 from .validation import make_score
 
+#: The site that a node's key stands for; empty where it stands for none.
+Registered = Callable[[int], str]
 _POLL = 0.5
 _RANKS = 64
 #: More missing sites than these are told of in one line.
@@ -129,6 +131,8 @@ class Federation:
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
         self._tally = Tally()
+        #: Where nodes have keys, no site can pass for another.
+        self.registered: Registered | None = None
         self._digests: Recent[int, str] = Recent(_RANKS)
         self._noted: set[str] = set()
         task = create_task(config.task)
@@ -324,6 +328,11 @@ class Federation:
         if answer.error:
             prefix = "" if answer.site in answer.error else f"site {answer.site}: "
             raise UserError(f"{prefix}{answer.error}")
+        if self.registered is not None and self.registered(node) != answer.site:
+            raise UserError(
+                f"node {node} says it is site {answer.site}, but its key stands for "
+                f"{self.registered(node) or 'no site'}; nothing of it is taken"
+            )
         if self.config.site(answer.site) is None:
             raise UserError(f"node {node} says it is site `{answer.site}`, which data.sites does not list")
         if answer.site in known:

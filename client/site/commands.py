@@ -30,3 +30,12 @@ def init(
     console.print(f"  read to the coordinator: {fingerprint}")
     console.print(f"  have the coordinator read the authority's to you: {anchor}")
     console.print(f"  then fill in {opened.policy}")
+
+
+@app.command()
+def start(kit: _Kit = _HERE) -> None:
+    """Take part until Ctrl-C."""
+    from ...deployment.kits import SiteKit
+    from .supernode import start as take_part
+
+    take_part(SiteKit.open(kit), lambda line: print(line, flush=True))
