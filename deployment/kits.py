@@ -159,6 +159,17 @@ class SiteKit:
         """Who takes part, as the coordinator last told this site. Raises :class:`UserError`."""
         return _roster(self.folder, self.authority, self.settings.federation)
 
+    def require_member(self) -> Roster:
+        """The roster, once it was found to list this site's key. Raises :class:`UserError`."""
+        found, (key, _) = self.roster(), self.identity()
+        member = found.member(self.name)
+        if member is None or member.public_key != certificates.public_pem(key.public_key()):
+            raise UserError(
+                f"{self.folder / 'roster.json'}: does not list this site's key; put the roster.json that came with "
+                "site.crt there, unless the site was revoked"
+            )
+        return found
+
 
 def _public(certificate: x509.Certificate) -> str:
     return certificates.public_pem(certificates.public_of(certificate))

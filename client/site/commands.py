@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from ...core.errors import UserError
 
 app = typer.Typer(help="Take part in a federation, from the folder of the site's kit.", no_args_is_help=True)
 _Kit = Annotated[Path, typer.Option("--kit", help="The folder of the site's kit.")]
@@ -39,3 +42,30 @@ def start(kit: _Kit = _HERE) -> None:
     from .supernode import start as take_part
 
     take_part(SiteKit.open(kit), lambda line: print(line, flush=True))
+
+
+@app.command()
+def check(
+    kit: _Kit = _HERE,
+    job: Annotated[Path | None, typer.Option(help="A run's configuration, to check it against this site.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check all that could keep the site from taking part, and show what it would send. Sends nothing."""
+    from ...core.config import load_config
+    from ...deployment.kits import SiteKit
+    from .check import findings
+
+    opened = SiteKit.open(kit)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    found = []
+    for finding in findings(opened, load_config(job) if job is not None else None):
+        found.append(finding)
+        if not as_json:
+            console.print(f"{'ok' if finding.good else 'NO':3} {finding.what}: {finding.text}")
+    if as_json:
+        print(json.dumps([vars(finding) for finding in found]))
+    failed = sum(not finding.good for finding in found)
+    if failed:
+        raise UserError(f"{failed} of {len(found)} checks failed; site {opened.name} would not be able to take part")
+    if not as_json:
+        console.print(f"site {opened.name} is ready; nothing was sent")

@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from ...core.errors import UserError
-from ...deployment.certificates import SOON, day, now, public_of, public_pem
+from ...deployment.certificates import SOON, day, now
 from ...deployment.files import private_folder
 from ...deployment.kits import SiteKit
 from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch, script
@@ -50,12 +50,7 @@ def node_config(kit: SiteKit) -> str:
 def require_ready(kit: SiteKit) -> x509.Certificate:
     """The site's certificate. Raises :class:`UserError` for the first thing that keeps the site from taking part."""
     _, certificate = kit.identity()
-    member = kit.roster().member(kit.name)
-    if member is None or member.public_key != public_pem(public_of(certificate)):
-        raise UserError(
-            f"{kit.folder / 'roster.json'}: does not list this site's key; put the roster.json that came with site.crt "
-            "there, or the site was revoked"
-        )
+    kit.require_member()
     load_policy(kit.policy)
     server = kit.settings.server
     require_clock(reach(server.host, server.port, kit.folder / "ca.crt"), server.address)
