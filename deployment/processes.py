@@ -126,7 +126,7 @@ def ended_on_signals() -> Iterator[None]:
 
 
 def last_words(log: Path, since: int = 0) -> str:
-    """The last line with a message in ``log`` after byte ``since``, without Flower's decoration."""
+    """Why a process ended, as it said in ``log`` after byte ``since``: Flower's reason, or else the last line."""
     try:
         with log.open("rb") as file:
             file.seek(max(since, log.stat().st_size - _LAST_BYTES))
@@ -134,4 +134,8 @@ def last_words(log: Path, since: int = 0) -> str:
     except OSError:
         return ""
     lines = [_DECORATION.sub("", line).strip() for line in text.splitlines()]
+    at = next((number for number, line in enumerate(lines) if line.startswith("Exit Code:")), None)
+    if at is not None:
+        end = lines.index("", at) if "" in lines[at:] else len(lines)
+        return " ".join(lines[at + 1 : end])
     return next((line for line in reversed(lines) if line), "")

@@ -18,8 +18,8 @@ from ...deployment.reach import reach, require_clock
 from ..policy import load_policy
 
 _POLL = 0.2
-#: What ends a SuperNode whose key the server does not know, or knows no longer.
-_UNKNOWN = re.compile(r"NODE_NOT_FOUND|not\s+recogni[sz]e|[Uu]nauthorized|401|403|[Ii]nvalid [Pp]ublic|not registered")
+#: What Flower says to a SuperNode whose key the server does not know, or knows no longer.
+_UNKNOWN = ("Failed to activate SuperNode", "does not recognize this SuperNode", "401 Unauthorized")
 
 
 def supernode_command(kit: SiteKit, port: int) -> list[str]:
@@ -81,7 +81,7 @@ def start(kit: SiteKit, say: Callable[[str], None]) -> None:
 
 def _why(kit: SiteKit, log: Path, begun: int, code: int) -> str:
     text = log.read_bytes()[begun:].decode(errors="replace")
-    if _UNKNOWN.search(text):
+    if any(said in text for said in _UNKNOWN):
         return (
             f"{kit.settings.server.address} does not know this site's key: not signed yet, not on the server's roster, "
             "revoked or expired; ask the coordinator"
