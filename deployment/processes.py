@@ -41,14 +41,6 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     }
 
 
-def script(name: str) -> str:
-    """The path of a command that came with this Python's packages. Raises :class:`UserError`."""
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise UserError(f"{path}: is missing; install flwr into the environment of fedgraft")
-    return str(path)
-
-
 def require_free(host: str, port: int) -> None:
     """Raise :class:`UserError` unless this machine can listen at ``host`` and ``port``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

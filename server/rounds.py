@@ -306,7 +306,7 @@ class Federation:
         known = set(self.strategy.sites.values())
         # Before the run a site may take its time to load; while it runs, the others do not wait long for a new one.
         timeout = self.config.server.round_timeout if refuse else self.config.server.join_timeout
-        for reply in self.grid.send_and_receive(messages, timeout=timeout):
+        for reply in self._ask(messages, timeout):
             if reply.has_error():
                 self._note_once(f"a node failed to answer: {reply.error.reason}")
                 continue
@@ -373,13 +373,17 @@ class Federation:
         if due and all(line["round"] != number for line in self._tally.of_kind("evaluate")):
             self._evaluate(number)
 
+    def _ask(self, messages: Iterable[Message], timeout: float) -> Iterable[Message]:
+        # Flower's grid goes through them twice; ours takes one at a time, so that memory does not grow with the sites.
+        return self.grid.send_and_receive(list(messages) if self.engine == "flower" else messages, timeout=timeout)
+
     def _exchange(self, messages: Iterable[Message]) -> None:
         """Send, and collect answers; then once more to sites that did not hold the adapter they were told to use."""
         timeout = self.config.server.round_timeout
-        self.strategy.collect(self.grid.send_and_receive(messages, timeout=timeout))
+        self.strategy.collect(self._ask(messages, timeout))
         again = list(self.strategy.second_chances())
         if again:
-            self.strategy.collect(self.grid.send_and_receive(again, timeout=timeout))
+            self.strategy.collect(self._ask(again, timeout))
 
     def _train(self, number: int) -> None:
         began = time.monotonic()

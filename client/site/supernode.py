@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from ...core.errors import UserError
 from ...deployment.certificates import SOON, day, now
 from ...deployment.files import private_folder
 from ...deployment.kits import SiteKit
-from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch, script
+from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch
 from ...deployment.reach import reach, require_clock
 from ..policy import load_policy
 
@@ -29,7 +30,7 @@ def supernode_command(kit: SiteKit, port: int) -> list[str]:
     processes is arranged here.
     """
     return [
-        script("flower-supernode"),
+        *(sys.executable, "-m", f"{__package__}.process"),
         *("--root-certificates", str(kit.folder / "ca.crt")),
         *("--superlink", kit.settings.server.address),
         *("--auth-supernode-private-key", str(kit.key)),

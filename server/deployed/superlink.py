@@ -7,8 +7,10 @@ may register sites and submit jobs. Here only this machine may.
 from __future__ import annotations
 
 import ipaddress
+import os
 from typing import Any
 
+from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
@@ -49,7 +51,8 @@ def own_machine(scope: Any) -> bool:
 
 
 def main() -> None:
-    """`flower-superlink` with :class:`OwnMachine` outermost."""
+    """`flower-superlink` with :class:`OwnMachine` outermost; it ends with the process that started it."""
+    start_parent_process_monitor(os.getppid())
     found = extensions.get_middleware
 
     def guarded() -> tuple[Middleware, ...]:

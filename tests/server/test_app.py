@@ -152,3 +152,22 @@ def test_flwr_run_tells_a_mistake_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == (
         "fedgraft: hospital-icd10: no such file and no scenario of that name; did you mean `hospitals-icd10`?\n"
     )
+
+
+def test_a_grid_that_goes_through_the_messages_twice_sends_them_all(
+    deployed: tuple[dict[str, Any], InProcessGrid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, grid = deployed
+    send = grid.send_and_receive
+
+    def twice(messages: Any, *, timeout: float | None = None) -> Any:
+        """As Flower's grid over HTTP does: once to check them, once to send them."""
+        assert all(message.has_content() for message in messages)
+        sent = list(messages)
+        assert sent, "nothing is left to send"
+        return send(sent, timeout=timeout)
+
+    monkeypatch.setattr(grid, "send_and_receive", twice)
+    (tmp_path / "run.json").write_text(json.dumps({**values, "rounds": 1}))
+    server_app(grid, context(config=str(tmp_path / "run.json"), output=str(tmp_path / "run")))
+    assert read_run(tmp_path / "run")["status"] == "finished"

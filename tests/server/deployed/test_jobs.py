@@ -17,7 +17,7 @@ from fedgraft.core.errors import UserError
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import ServerKit
 from fedgraft.server.deployed import jobs
-from fedgraft.server.deployed.control import Run
+from fedgraft.server.deployed.control import Control, Run
 from fedgraft.server.deployed.serving import reconcile
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n[[site]]\nname = "north"\n'
@@ -146,6 +146,13 @@ def test_a_job_is_found_by_name_or_number_and_else_the_latest() -> None:
     jobs.require_completed(link, 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a: failed"):
         jobs.require_completed(link, 1)  # type: ignore[arg-type]
+
+
+def test_a_server_that_is_not_started_is_one_line(kit: ServerKit) -> None:
+    control = Control(kit)
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+: the server does not answer; is it started"):
+        control.runs()
+    control.close()
 
 
 def test_a_finished_job_is_fetched_without_its_checkpoints(kit: ServerKit, tmp_path: Path) -> None:

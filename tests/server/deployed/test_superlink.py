@@ -65,6 +65,7 @@ def test_flower_puts_the_guard_in_front_of_all_it_serves(monkeypatch: pytest.Mon
     found: list[Any] = []
     # What the command would serve, built where the command would serve it.
     monkeypatch.setattr(superlink, "flower_superlink", lambda: found.append(create_app()))
+    monkeypatch.setattr(superlink, "start_parent_process_monitor", lambda pid: None)
     monkeypatch.setattr(extensions, "get_middleware", extensions.get_middleware)
     superlink.main()
     (app,) = found
