@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from ...core.config import RunConfig
 from ...core.errors import PrivateError, UserError, one_line
@@ -58,8 +59,10 @@ def findings(kit: SiteKit, config: RunConfig | None = None) -> Iterator[Finding]
     yield _try("disk", lambda: _disk(kit))
     yield _try("device", lambda: _device(config))
     if config is not None and policy is not None:
-        yield _try("job", partial(_objections, kit, config, policy))
-        yield _try("answer", partial(_answer, kit, config))
+        allowed = _try("job", partial(_objections, kit, config, policy))
+        yield allowed
+        if allowed.good:
+            yield _try("answer", partial(_answer, kit, config))
 
 
 def _try(what: str, check: Callable[[], str]) -> Finding:
@@ -157,6 +160,8 @@ def _answer(kit: SiteKit, config: RunConfig) -> str:
         node = {"site": kit.name, "site-folder": scratch, "policy": str(kit.policy)}
         context = Context(0, 0, node, RecordDict(), {})
         job = Job("check", 1, kit.name, config.to_json(), fingerprint).to_record()
+        # A message says whose it is; outside of Flower's processes nobody has said it.
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 0
         question = Message(RecordDict({"job": job}), dst_node_id=0, message_type="query.hello", group_id="hello")
         reply = SiteClient(DEPLOYED, heard).answer("hello", question, context)
     answer = decode_answer(reply.content, "hello", kit.name)

@@ -26,6 +26,8 @@ from .policies import policy_for
 _POLL = 0.3
 _JOIN = 180.0
 _GRACE = 30.0
+#: Seconds within which two readings of when a process was made are of the same one.
+_SAME = 1.0
 
 
 class Loopback:
@@ -151,7 +153,7 @@ def down(folder: Path) -> list[str]:
         try:
             process = psutil.Process(pid)
             # The number may stand for somebody else's process by now.
-            if process.create_time() != created:
+            if abs(process.create_time() - created) > _SAME:
                 continue
             process.terminate()
             found.append((who, process))
