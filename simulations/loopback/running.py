@@ -24,7 +24,7 @@ from ...server.deployed.control import Control
 from .policies import policy_for
 
 _POLL = 0.3
-_JOIN = 180.0
+_JOIN = 300.0
 _GRACE = 30.0
 #: Seconds within which two readings of when a process was made are of the same one.
 _SAME = 1.0

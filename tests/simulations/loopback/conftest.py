@@ -21,7 +21,9 @@ def job(tiny_federation: Any, tinyfederation: Any, tmp_path: Path) -> Callable[.
         for number, name in enumerate(tinyfederation.SITES):
             path = tinyfederation.write_csv(tmp_path / f"{name}.csv", list(tiny_federation.rows[number::3]))
             sites.append({"name": name, "path": str(path)})
-        changes = {"data.path": "", "data.sites": sites, "rounds": 2, "evaluate.every": 0, "server.join_timeout": 600.0, **changes}
+        # Every instruction is a process of its own: the fewer, the sooner.
+        plain = {"data.path": "", "data.sites": sites, "rounds": 2, "evaluate.every": 0, "server.join_timeout": 600.0}
+        changes = {**plain, **changes}
         config = (tiny_federation.private if private else tiny_federation.config)(**changes)
         (tmp_path / "job.json").write_text(json.dumps(json.loads(config.to_json())))
         return load_config(tmp_path / "job.json")

@@ -144,6 +144,6 @@ def test_a_deployment_gives_what_the_in_process_engine_gives_and_stops_whom_it_m
     for site in promised.site_names:
         entries = Ledger(loopback.site(site) / "state" / "ledgers").entries()
         assert [(e.about["run"], e.about["round"], e.part, e.steps, e.outcome) for e in entries] == [
-            (run["run"], number, "train", promised.train.local_steps, "released") for number in (1,)
+            (run["run"], 1, "train", promised.train.local_steps, "released")
         ]
         assert run["sites"][site]["privacy"]["steps"] == sum(entry.steps for entry in entries)
