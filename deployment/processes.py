@@ -37,6 +37,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         "NO_PROXY": ",".join(filter(None, (own.get("NO_PROXY", ""), local))),
         "no_proxy": ",".join(filter(None, (own.get("no_proxy", ""), local))),
         "PYTHONUNBUFFERED": "1",
+        # What libraries warn their programmers of has no place in a job's log.
+        "PYTHONWARNINGS": own.get("PYTHONWARNINGS", "ignore"),
         **more,
     }
 

@@ -53,8 +53,9 @@ def findings(kit: SiteKit, config: RunConfig | None = None) -> Iterator[Finding]
         return f"valid (SHA-256 {policy.digest[:16]})"
 
     yield _try("policy", read)
-    for dataset in policy.datasets if policy is not None else ():
-        yield _try(f"data {dataset.name}", partial(_readable, policy.data_path(dataset)))
+    places = {dataset.name: policy.data_path(dataset) for dataset in policy.datasets} if policy is not None else {}
+    for name, place in places.items():
+        yield _try(f"data {name}", partial(_readable, place))
     yield _try("ledger", lambda: _ledger(kit))
     yield _try("disk", lambda: _disk(kit))
     yield _try("device", lambda: _device(config))
@@ -157,7 +158,11 @@ def _answer(kit: SiteKit, config: RunConfig) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         if (kit.state / "ledgers").is_dir():
             shutil.copytree(kit.state / "ledgers", Path(scratch) / "ledgers")
-        node = {"site": kit.name, "site-folder": scratch, "policy": str(kit.policy)}
+        node: dict[str, bool | float | int | str] = {
+            "site": kit.name,
+            "site-folder": scratch,
+            "policy": str(kit.policy),
+        }
         context = Context(0, 0, node, RecordDict(), {})
         job = Job("check", 1, kit.name, config.to_json(), fingerprint).to_record()
         # A message says whose it is; outside of Flower's processes nobody has said it.
