@@ -19,8 +19,9 @@ from .files import PRIVATE_FILE, private_folder
 _GRACE = 10.0
 _LONGER = 3 * _GRACE
 _LAST_BYTES = 1 << 16
-#: What a line of Flower's log begins with, and the colours in it.
-_DECORATION = re.compile(r"\x1b\[[0-9;]*m|^\s*(INFO|WARNING|ERROR|DEBUG)\s*:\s*")
+#: The colours in Flower's log, and what its lines begin with.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"^\s*(INFO|WARNING|ERROR|DEBUG)\s*:\s*")
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -127,7 +128,7 @@ def last_words(log: Path, since: int = 0) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    lines = [_DECORATION.sub("", line).strip() for line in text.splitlines()]
+    lines = [_LEVEL.sub("", _COLOUR.sub("", line)).strip() for line in text.splitlines()]
     at = next((number for number, line in enumerate(lines) if line.startswith("Exit Code:")), None)
     if at is not None:
         end = lines.index("", at) if "" in lines[at:] else len(lines)

@@ -21,6 +21,8 @@ from ..policy import load_policy
 _POLL = 0.2
 #: What Flower says to a SuperNode whose key the server does not know, or knows no longer.
 _UNKNOWN = ("Failed to activate SuperNode", "does not recognize this SuperNode", "401 Unauthorized")
+#: And what a SuperNode says that ends of itself: it was told in its heartbeat that its key is not taken any more.
+_GAVE_UP = "SuperNode terminated gracefully"
 
 
 def supernode_command(kit: SiteKit, port: int) -> list[str]:
@@ -86,5 +88,10 @@ def _why(kit: SiteKit, log: Path, begun: int, code: int) -> str:
         return (
             f"{kit.settings.server.address} does not know this site's key: not signed yet, not on the server's roster, "
             "revoked or expired; ask the coordinator"
+        )
+    if _GAVE_UP in text:
+        return (
+            f"{kit.settings.server.address} takes this site's key no more: revoked or expired; ask the coordinator "
+            "(unless somebody here ended the SuperNode)"
         )
     return f"the SuperNode ended with code {code}: {last_words(log, begun)} (log: {log})"

@@ -103,47 +103,47 @@ def test_nothing_is_ended_where_nothing_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_deployment_gives_what_the_in_process_engine_gives_and_stops_whom_it_must(
-    loopback: Loopback, job: Job, tiny_federation: Any, tmp_path: Path
+@pytest.mark.timeout(1800)
+def test_a_deployment_gives_what_the_in_process_engine_gives(
+    loopback: Loopback, tiny_federation: Any, tmp_path: Path
 ) -> None:
-    plain, before = loopback.config, _descendants()
-    promised = job(private=True, rounds=1)
+    before = _descendants()
     with loopback.running(print):
-        kit = loopback.server
-        control = Control(kit)
-        name, number = jobs.submit(kit, control, plain, "plain")
+        kit, control = loopback.server, Control(loopback.server)
+        name, number = jobs.submit(kit, control, loopback.config, "plain")
         jobs.require_completed(control, number)
         fetched = jobs.fetch(kit, name, tmp_path / "fetched")
-
-        # With privacy: each site's policy and ledger are its own.
-        for site in promised.site_names:
-            write(loopback.site(site) / "policy.toml", policy_for(promised, site))
-        _, number = jobs.submit(kit, control, promised, "private")
-        jobs.require_completed(control, number)
-
-        # A site that is revoked while it runs is stopped, and says why.
-        authority = Authority(loopback.kits)
-        authority.revoke("east")
-        loopback.processes["east"].wait(120)
-        said = (loopback.folder / "logs" / "east.log").read_text()
-        assert "does not know this site's key" in said and "Traceback" not in said
-        with pytest.raises(UserError, match=r"data.sites: east: not on the roster"):
-            jobs.submit(kit, control, plain)
         control.close()
     assert _descendants() == before
-
-    simulated = tiny_federation.run(plain, tmp_path / "simulated")
-    one, two = (
-        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (fetched, tmp_path / "simulated")
-    )
-    assert set(one) == set(two)
+    simulated = tiny_federation.run(loopback.config, tmp_path / "simulated")
+    weights = [folder / "adapter" / "adapter_model.safetensors" for folder in (fetched, tmp_path / "simulated")]
+    one, two = (load_file(path) for path in weights)
+    assert set(one) == set(two) and one
     assert max(float(np.abs(one[key] - two[key]).max()) for key in one) <= 1e-5
     assert read_run(fetched)["accuracy"] == pytest.approx(simulated["accuracy"], abs=1e-5)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_private_job_is_in_each_site_s_ledger_and_a_revoked_site_is_stopped(job: Job, tmp_path: Path) -> None:
+    config = job(private=True, rounds=1)
+    loopback = Loopback(tmp_path / "dev", config)
+    loopback.provision()
+    with loopback.running(print):
+        kit, control = loopback.server, Control(loopback.server)
+        _, number = jobs.submit(kit, control, config, "private")
+        jobs.require_completed(control, number)
+        Authority(loopback.kits).revoke("east")
+        loopback.processes["east"].wait(300)
+        said = (loopback.folder / "logs" / "east.log").read_text()
+        assert "takes this site's key no more: revoked or expired" in said and "Traceback" not in said
+        with pytest.raises(UserError, match=r"data.sites: east: not on the roster"):
+            jobs.submit(kit, control, config)
+        control.close()
     run = read_run(kit.runs / "private")
-    for site in promised.site_names:
+    for site in config.site_names:
         entries = Ledger(loopback.site(site) / "state" / "ledgers").entries()
         assert [(e.about["run"], e.about["round"], e.part, e.steps, e.outcome) for e in entries] == [
-            (run["run"], 1, "train", promised.train.local_steps, "released")
+            (run["run"], 1, "train", config.train.local_steps, "released")
         ]
         assert run["sites"][site]["privacy"]["steps"] == sum(entry.steps for entry in entries)
