@@ -25,7 +25,7 @@ class Execution:
     engine: Engine = "inprocess"
     workers: int = 0
     threads: int = 0
-    cohort: int = 0
+    cohort: int = 1
     profile: bool = False
 
     def __post_init__(self) -> None:

@@ -179,7 +179,9 @@ def test_auto_says_what_it_picked_and_run_json_keeps_it(
     tiny_federation: Any, tinyfederation: Any, tmp_path: Path
 ) -> None:
     notes = tinyfederation.Notes()
-    run = runs.simulate(tiny_federation.config(rounds=1), tmp_path / "run", execution=Execution("auto"), watch=notes)
+    run = runs.simulate(
+        tiny_federation.config(rounds=1), tmp_path / "run", execution=Execution("auto", cohort=0), watch=notes
+    )
     why = "about 0 s of arithmetic for one core are not worth more processes"
     alone = "cohort 1: too little is left to train for a measurement to pay"
     assert notes.texts[0] == f"engine inprocess, 1 thread: {why}"

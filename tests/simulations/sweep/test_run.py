@@ -267,8 +267,16 @@ def test_a_process_starts_with_its_threads_and_its_gpu(monkeypatch: pytest.Monke
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
-def _children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in _line(child)]
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """The processes that a test itself has started."""
+    before = set(psutil.Process().children(recursive=True))
+
+    def started() -> list[psutil.Process]:
+        found = [child for child in psutil.Process().children(recursive=True) if child not in before]
+        return [child for child in found if "resource_tracker" not in _line(child)]
+
+    return started
 
 
 def _line(process: psutil.Process) -> str:
@@ -279,19 +287,21 @@ def _line(process: psutil.Process) -> str:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_costs_its_run_alone(planned: Sweep, done: Outcome, tmp_path: Path):
+def test_a_process_that_dies_costs_its_run_alone(
+    planned: Sweep, done: Outcome, tmp_path: Path, children: Callable[[], list[psutil.Process]]
+):
     jobs = [(run.config, tmp_path / "runs" / run.name) for run in planned.runs[:4]]
     ended: dict[int, str] = {}
     victims: list[int] = []
 
     def begun(index: int) -> None:
         if index == 1:
-            (child,) = (child for child in _children() if child.pid not in victims)
+            (child,) = (child for child in children() if child.pid not in victims)
             victims.append(child.pid)
             os.kill(child.pid, signal.SIGKILL)
 
     run_in_processes(jobs, 1, ONE, tmp_path, begun, lambda index, error: ended.update({index: error}))
-    assert sorted(ended) == [0, 1, 2, 3] and not _children()
+    assert sorted(ended) == [0, 1, 2, 3] and not children()
     assert {index: error for index, error in ended.items() if error} == {
         1: "its process was ended by SIGKILL: perhaps the memory ran out, for which --parallel may be smaller"
     }
@@ -299,14 +309,18 @@ def test_a_process_that_dies_costs_its_run_alone(planned: Sweep, done: Outcome, 
 
 
 @pytest.mark.slow
-def test_several_processes_give_what_one_gives_and_none_stays(planned: Sweep, done: Outcome, tmp_path: Path):
+def test_several_processes_give_what_one_gives_and_none_stays(
+    planned: Sweep, done: Outcome, tmp_path: Path, children: Callable[[], list[psutil.Process]]
+):
     outcome = run_sweep(planned, tmp_path / "sweep", parallel=2, execution=ONE)
     assert digests(outcome) == digests(done)
-    assert not _children()
+    assert not children()
 
 
 @pytest.mark.slow
-def test_a_wait_that_is_broken_off_leaves_no_process(planned: Sweep, tmp_path: Path):
+def test_a_wait_that_is_broken_off_leaves_no_process(
+    planned: Sweep, tmp_path: Path, children: Callable[[], list[psutil.Process]]
+):
     jobs = [(run.config, tmp_path / "runs" / run.name) for run in planned.runs]
 
     def stop(index: int) -> None:
@@ -315,7 +329,7 @@ def test_a_wait_that_is_broken_off_leaves_no_process(planned: Sweep, tmp_path: P
 
     with pytest.raises(KeyboardInterrupt):
         run_in_processes(jobs, 2, ONE, tmp_path, stop, lambda index, error: None)
-    assert not _children()
+    assert not children()
 
 
 @pytest.mark.slow
