@@ -11,18 +11,16 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.app import Array, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from ...client.cohort import Cohort
 from ...core.wire import Kind
+from .local import FIRST_NODE, LocalGrid
 
 _SITE_FAILED = 2
-_FIRST_NODE = 1
 
 
 class Answerer(Protocol):
@@ -33,7 +31,7 @@ class Answerer(Protocol):
         ...
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(LocalGrid):
     """``sites`` nodes that run ``client_app`` when a message for them is pulled.
 
     Answers are produced one at a time, as the strategy asks for the next, so memory does not grow with the sites.
@@ -44,14 +42,13 @@ class InProcessGrid(Grid):
     def __init__(
         self, client_app: ClientApp, sites: int, together: Answerer | None = None, cohort: Cohort | None = None
     ) -> None:
-        # Messages ask for the identity of the running task, which Flower sets in the processes that it starts.
-        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _FIRST_NODE
+        super().__init__(sites)
         self._client_app = client_app
         self._together, self._cohort = together, cohort or Cohort(1)
         self._contexts = {
-            _FIRST_NODE + 1 + number: Context(
+            FIRST_NODE + 1 + number: Context(
                 run_id=1,
-                node_id=_FIRST_NODE + 1 + number,
+                node_id=FIRST_NODE + 1 + number,
                 node_config={"partition-id": number, "num-partitions": sites},
                 state=RecordDict(),
                 run_config={},
@@ -59,22 +56,6 @@ class InProcessGrid(Grid):
             for number in range(sites)
         }
         self._pushed: dict[str, Message] = {}
-        self._run: Any = None
-
-    def set_run(self, run: Any) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from ...client.cohort import Cohort
 from ...core.errors import UserError
@@ -31,9 +29,9 @@ from ...core.progress import SILENT, Watch
 from ...core.wire import no_answer
 from . import torchrun
 from .channel import Closed, from_bytes, to_bytes
+from .local import FIRST_NODE, LocalGrid
 from .pool import Member, Pool
 
-_FIRST_NODE = 1
 #: Messages that a worker has at a time: one that it answers, and one so that it need not wait for the server.
 _AHEAD = 2
 #: What a worker keeps of the records that instructions have in common: those of each rank or role.
@@ -62,7 +60,7 @@ class _Worker:
     holds: OrderedDict[tuple[int, ...], tuple[int, RecordDict]] = field(default_factory=OrderedDict)
 
 
-class WorkersGrid(Grid):
+class WorkersGrid(LocalGrid):
     """As many nodes as ``loads`` has entries, served by the workers of ``pool``.
 
     ``loads``: the arithmetic of each site, in any unit; ``folder``: the run directory; ``cohort``: sites that a worker
@@ -80,7 +78,7 @@ class WorkersGrid(Grid):
         profile: Profile | None = None,
         watch: Watch = SILENT,
     ) -> None:
-        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _FIRST_NODE
+        super().__init__(len(loads))
         most = Cohort(cohort).most
         self._workers = [_Worker(number, member, most) for number, member in enumerate(pool.members, 1)]
         self._living = list(self._workers)
@@ -92,7 +90,6 @@ class WorkersGrid(Grid):
         self._turn = self._sent = self._commons = 0
         self._ready: dict[int, Message] = {}
         self._pushed: dict[str, Message] = {}
-        self._run: Any = None
         begin = {"is": "begin", "folder": str(folder), "sites": len(loads), "threads": pool.threads, "cohort": cohort}
         for worker in self._workers:
             gpu = worker.member.gpu
@@ -106,21 +103,6 @@ class WorkersGrid(Grid):
         return sum(worker.member.gpu == gpu for worker in self._workers)
 
     # Flower's Grid
-
-    def set_run(self, run: Any) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return range(_FIRST_NODE + 1, _FIRST_NODE + 1 + len(self._loads))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         pushed = {uuid.uuid4().hex: message for message in messages}
@@ -166,7 +148,7 @@ class WorkersGrid(Grid):
     # Workers
 
     def _owner_of(self, message: Message) -> _Worker:
-        return self._owner[message.metadata.dst_node_id - _FIRST_NODE - 1]
+        return self._owner[message.metadata.dst_node_id - FIRST_NODE - 1]
 
     def _give(self, *, last: bool) -> None:
         """Send what waits, in cohorts; ``last``: nothing will join it. An idle worker gets what there is."""
@@ -192,7 +174,7 @@ class WorkersGrid(Grid):
                 common.append(to_bytes(shared))
             worker.holds.move_to_end(key)
             node = asked.message.metadata.dst_node_id
-            sites.append([node, node - _FIRST_NODE - 1, worker.holds[key][0]])
+            sites.append([node, node - FIRST_NODE - 1, worker.holds[key][0]])
             own.append(to_bytes(RecordDict({"job": content["job"]})))
         forget = []
         while len(worker.holds) > max(_KEEP, len(batch)):
