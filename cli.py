@@ -19,11 +19,15 @@ from . import __version__
 from .client.composing.commands import embed, route
 from .client.merge_commands import merge
 from .client.policy_commands import app as policy
+from .client.site.commands import app as site
 from .core.errors import UserError
+from .deployment.commands import app as provision
 from .privacy.commands import app as privacy
+from .server.deployed.commands import job, server
 from .server.strategy_commands import app as strategies
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
+from .simulations.loopback.commands import app as dev
 from .simulations.preview.commands import app as scenarios
 from .simulations.sweep.commands import compare, sweep
 
@@ -38,6 +42,11 @@ app.add_typer(privacy, name="privacy")
 app.add_typer(policy, name="policy")
 app.add_typer(strategies, name="strategies")
 app.add_typer(scenarios, name="scenarios")
+app.add_typer(provision, name="provision")
+app.add_typer(site, name="site")
+app.add_typer(server, name="server")
+app.add_typer(job, name="job")
+app.add_typer(dev, name="dev")
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -41,6 +41,8 @@ from .rundir import RunDirectory, each_metric, now
 from .tally import Tally
 from .validation import make_score
 
+#: The site that a node's key stands for; empty where it stands for none.
+Registered = Callable[[int], str]
 _POLL = 0.5
 _RANKS = 64
 #: More missing sites than these are told of in one line.
@@ -130,6 +132,8 @@ class Federation:
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
         self._tally = Tally()
+        #: Where nodes have keys, no site can pass for another.
+        self.registered: Registered | None = None
         self._digests: Recent[int, str] = Recent(_RANKS)
         self._noted: set[str] = set()
         task = create_task(config.task)
@@ -304,7 +308,7 @@ class Federation:
         known = set(self.strategy.sites.values())
         # Before the run a site may take its time to load; while it runs, the others do not wait long for a new one.
         timeout = self.config.server.round_timeout if refuse else self.config.server.join_timeout
-        for reply in self.grid.send_and_receive(messages, timeout=timeout):
+        for reply in self._ask(messages, timeout):
             if reply.has_error():
                 self._note_once(f"a node failed to answer: {reply.error.reason}")
                 continue
@@ -326,6 +330,11 @@ class Federation:
         if answer.error:
             prefix = "" if answer.site in answer.error else f"site {answer.site}: "
             raise UserError(f"{prefix}{answer.error}")
+        if self.registered is not None and self.registered(node) != answer.site:
+            raise UserError(
+                f"node {node} says it is site {answer.site}, but its key stands for "
+                f"{self.registered(node) or 'no site'}; nothing of it is taken"
+            )
         if self.config.site(answer.site) is None:
             raise UserError(f"node {node} says it is site `{answer.site}`, which data.sites does not list")
         if answer.site in known:
@@ -366,13 +375,17 @@ class Federation:
         if due and all(line["round"] != number for line in self._tally.of_kind("evaluate")):
             self._evaluate(number)
 
+    def _ask(self, messages: Iterable[Message], timeout: float) -> Iterable[Message]:
+        # Flower's grid goes through them twice; ours takes one at a time, so that memory does not grow with the sites.
+        return self.grid.send_and_receive(list(messages) if self.engine == "flower" else messages, timeout=timeout)
+
     def _exchange(self, messages: Iterable[Message]) -> None:
         """Send, and collect answers; then once more to sites that did not hold the adapter they were told to use."""
         timeout = self.config.server.round_timeout
-        self.strategy.collect(self.grid.send_and_receive(messages, timeout=timeout))
+        self.strategy.collect(self._ask(messages, timeout))
         again = list(self.strategy.second_chances())
         if again:
-            self.strategy.collect(self.grid.send_and_receive(again, timeout=timeout))
+            self.strategy.collect(self._ask(again, timeout))
 
     def _train(self, number: int) -> None:
         began = time.monotonic()

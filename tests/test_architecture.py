@@ -15,6 +15,7 @@ FLOORS = {
     "core": 1,
     "methods": 2,
     "privacy": 2,
+    "deployment": 2,
     "strategies": 3,
     "client": 4,
     "server": 4,

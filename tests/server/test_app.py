@@ -11,7 +11,9 @@ from flwr.app import Context, RecordDict
 
 from fedgraft.client.app import app as client_app
 from fedgraft.client.policy import unrestricted
+from fedgraft.core.config import parse_config
 from fedgraft.core.errors import UserError
+from fedgraft.deployment.kits import SERVER_KIT
 from fedgraft.privacy import Ledger
 from fedgraft.server.app import app as server_app
 from fedgraft.server.rundir import read_run
@@ -82,6 +84,31 @@ def test_a_deployed_site_keeps_its_ledger_and_a_run_its_folder(
         assert told["epsilon"] > run["sites"][site]["epsilon"]
 
 
+def test_a_job_of_the_kit_s_server_runs_in_its_folder_and_takes_no_site_for_another(
+    deployed: tuple[dict[str, Any], InProcessGrid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    values, grid = deployed
+    job = parse_config({**values, "rounds": 1}).to_json()
+    (tmp_path / "state").mkdir()
+    monkeypatch.setenv(SERVER_KIT, str(tmp_path))
+    names = {str(node): str(context.node_config["site"]) for node, context in grid._contexts.items()}
+    (tmp_path / "state" / "nodes.json").write_text(json.dumps(names))
+    server_app(grid, context(job=job, output="first"))
+    assert read_run(tmp_path / "runs" / "first")["status"] == "finished"
+    assert "round 1 train: " in capsys.readouterr().out
+    swapped = dict(zip(names, reversed(names.values()), strict=True))
+    (tmp_path / "state" / "nodes.json").write_text(json.dumps(swapped))
+    with pytest.raises(UserError, match=r"says it is site \w+, but its key stands for \w+; nothing of it is taken"):
+        server_app(grid, context(job=job, output="second"))
+    assert "fedgraft: node " in capsys.readouterr().out
+    (tmp_path / "state" / "nodes.json").write_text("{}")
+    with pytest.raises(UserError, match="but its key stands for no site"):
+        server_app(grid, context(job=job, output="third"))
+    for name in ("../out", "/tmp/out", "..", "a/b"):
+        with pytest.raises(UserError, match="is not the name of a run"):
+            server_app(grid, context(job=job, output=name))
+
+
 @pytest.mark.parametrize("settings", [{}, {"config": "x.toml"}, {"output": "run"}, {"resume": "run"}])
 def test_a_server_without_its_settings_says_which(settings: dict[str, str]) -> None:
     with pytest.raises(UserError) as caught:
@@ -125,3 +152,21 @@ def test_flwr_run_tells_a_mistake_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == (
         "fedgraft: hospital-icd10: no such file and no scenario of that name; did you mean `hospitals-icd10`?\n"
     )
+
+
+def test_a_grid_that_goes_through_the_messages_twice_sends_them_all(
+    deployed: tuple[dict[str, Any], InProcessGrid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, grid = deployed
+    send = grid.send_and_receive
+
+    def twice(messages: Any, *, timeout: float | None = None) -> Any:
+        """As Flower's grid over HTTP does: once to check them, once to send them."""
+        checked, sent = list(messages), list(messages)
+        assert sent == checked, "nothing is left to send"
+        return send(sent, timeout=timeout)
+
+    monkeypatch.setattr(grid, "send_and_receive", twice)
+    (tmp_path / "run.json").write_text(json.dumps({**values, "rounds": 1}))
+    server_app(grid, context(config=str(tmp_path / "run.json"), output=str(tmp_path / "run")))
+    assert read_run(tmp_path / "run")["status"] == "finished"

@@ -1,0 +1,97 @@
+"""`fedgraft site start`: the SuperNode of a site's kit."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography import x509
+
+from ...core.errors import UserError
+from ...deployment.certificates import SOON, day, now
+from ...deployment.files import private_folder
+from ...deployment.kits import SiteKit
+from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch
+from ...deployment.reach import reach, require_clock
+from ..policy import load_policy
+
+_POLL = 0.2
+#: What Flower says to a SuperNode whose key the server does not know, or knows no longer.
+_UNKNOWN = ("Failed to activate SuperNode", "does not recognize this SuperNode", "401 Unauthorized")
+#: And what a SuperNode says that ends of itself: it was told in its heartbeat that its key is not taken any more.
+_GAVE_UP = "SuperNode terminated gracefully"
+
+
+def supernode_command(kit: SiteKit, port: int) -> list[str]:
+    """How the site's SuperNode is started; it serves the site's own processes at ``port`` of the loopback interface.
+
+    The one place that says how a site's processes come to be: what runs beside or instead of Flower's own client
+    processes is arranged here.
+    """
+    return [
+        *(sys.executable, "-m", f"{__package__}.process"),
+        *("--root-certificates", str(kit.folder / "ca.crt")),
+        *("--superlink", kit.settings.server.address),
+        *("--auth-supernode-private-key", str(kit.key)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", node_config(kit)),
+    ]
+
+
+def node_config(kit: SiteKit) -> str:
+    """What the site tells its own client processes. Raises :class:`UserError` for a path that Flower cannot pass on."""
+    values = {"site": kit.name, "site-folder": str(kit.state), "policy": str(kit.policy)}
+    for value in values.values():
+        if re.search(r"[\"\\\n]", value):
+            raise UserError(f"{value}: Flower takes no quotes or backslashes in a path; move the kit elsewhere")
+    return " ".join(f'{key}="{value}"' for key, value in values.items())
+
+
+def require_ready(kit: SiteKit) -> x509.Certificate:
+    """The site's certificate. Raises :class:`UserError` for the first thing that keeps the site from taking part."""
+    _, certificate = kit.identity()
+    kit.require_member()
+    load_policy(kit.policy)
+    server = kit.settings.server
+    require_clock(reach(server.host, server.port, kit.folder / "ca.crt"), server.address)
+    return certificate
+
+
+def start(kit: SiteKit, say: Callable[[str], None]) -> None:
+    """Take part until Ctrl-C or SIGTERM, and end all that was started.
+
+    Raises :class:`UserError` for what keeps the site from taking part, and when the server refuses it.
+    """
+    certificate = require_ready(kit)
+    private_folder(kit.state)
+    log = kit.folder / "logs" / "supernode.log"
+    begun = log.stat().st_size if log.exists() else 0
+    process = launch(supernode_command(kit, free_port()), environment(kit.state / "flower"), log)
+    try:
+        with ended_on_signals():
+            say(f"site {kit.name} of {kit.settings.federation}: taking part; log: {log}")
+            if certificate.not_valid_after_utc - now() < SOON:
+                say(f"site.crt expires {day(certificate.not_valid_after_utc)}: send site.csr to the coordinator again")
+            while process.poll() is None:
+                time.sleep(_POLL)
+            raise UserError(_why(kit, log, begun, process.returncode))
+    finally:
+        end(process)
+
+
+def _why(kit: SiteKit, log: Path, begun: int, code: int) -> str:
+    text = log.read_bytes()[begun:].decode(errors="replace")
+    if any(said in text for said in _UNKNOWN):
+        return (
+            f"{kit.settings.server.address} does not know this site's key: not signed yet, not on the server's roster, "
+            "revoked or expired; ask the coordinator"
+        )
+    if _GAVE_UP in text:
+        return (
+            f"{kit.settings.server.address} takes this site's key no more: revoked or expired; ask the coordinator "
+            "(unless somebody here ended the SuperNode)"
+        )
+    return f"the SuperNode ended with code {code}: {last_words(log, begun)} (log: {log})"

@@ -1,0 +1,121 @@
+"""`fedgraft server start`: the SuperLink of a kit, and the sites of the roster as the only ones it knows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...core.errors import UserError
+from ...deployment.certificates import SOON, day, now
+from ...deployment.files import private_folder, write
+from ...deployment.kits import SERVER_KIT, ServerKit
+from ...deployment.processes import end, ended_on_signals, environment, last_words, launch, require_free
+from ...deployment.reach import reach
+from ...deployment.roster import Member
+from .control import Control
+
+_POLL = 0.2
+_ROSTER_POLL = 2.0
+_STARTUP = 90.0
+
+
+def superlink_command(kit: ServerKit) -> list[str]:
+    """How the SuperLink is started: with TLS, sites known by key, memory on the disk; jobs install nothing."""
+    return [
+        *(sys.executable, "-m", f"{__package__}.superlink"),
+        *("--ssl-ca-certfile", str(kit.folder / "ca.crt")),
+        *("--ssl-certfile", str(kit.folder / "server.crt")),
+        *("--ssl-keyfile", str(kit.folder / "server.key")),
+        *("--host", kit.settings.server.listen, "--port", str(kit.settings.server.port)),
+        *("--database", str(kit.state / "superlink.db")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def serve(kit: ServerKit, say: Callable[[str], None]) -> None:
+    """Run the server of ``kit`` until Ctrl-C or SIGTERM, and end all that was started.
+
+    Raises :class:`UserError` for what keeps it from starting, or ends it.
+    """
+    server = kit.settings.server
+    require_free(server.listen, server.port)
+    for folder in (kit.runs, kit.state):
+        private_folder(folder)
+    log = kit.folder / "logs" / "superlink.log"
+    begun = log.stat().st_size if log.exists() else 0
+    surroundings = environment(kit.state / "flower", **{SERVER_KIT: str(kit.folder)})
+    process = launch(superlink_command(kit), surroundings, log)
+    try:
+        with ended_on_signals():
+            _wait(kit, process, log, begun)
+            say(f"serving {kit.settings.federation} at {server.address}; log: {log}")
+            if kit.certificate.not_valid_after_utc - now() < SOON:
+                say(f"server.crt expires {day(kit.certificate.not_valid_after_utc)}: fedgraft provision rotate server")
+            _keep(kit, process, log, begun, say)
+    finally:
+        end(process)
+
+
+def _wait(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int) -> None:
+    deadline = time.monotonic() + _STARTUP
+    while True:
+        _require_alive(process, log, begun)
+        try:
+            reach(kit.own_address, kit.settings.server.port, kit.folder / "ca.crt")
+            return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL)
+
+
+def _require_alive(process: subprocess.Popen[bytes], log: Path, begun: int) -> None:
+    if process.poll() is not None:
+        raise UserError(f"the SuperLink ended with code {process.returncode}: {last_words(log, begun)} (log: {log})")
+
+
+def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int, say: Callable[[str], None]) -> None:
+    control, told, due = Control(kit), "", 0.0
+    try:
+        while True:
+            _require_alive(process, log, begun)
+            if time.monotonic() >= due:
+                due = time.monotonic() + _ROSTER_POLL
+                try:
+                    for line in reconcile(kit, control):
+                        say(line)
+                    told = ""
+                except UserError as error:
+                    # A roster that is being copied is whole in a moment; until then the last one stands.
+                    if str(error) != told:
+                        say(told := str(error))
+            time.sleep(_POLL)
+    finally:
+        control.close()
+
+
+def reconcile(kit: ServerKit, control: Control) -> list[str]:
+    """Have the SuperLink know exactly the roster's members whose certificates have not ended; returns what changed.
+
+    Also writes down which node is which site, for the jobs.
+    """
+    wanted: dict[str, Member] = {member.public_key: member for member in kit.roster().current()}
+    said, nodes = [], {}
+    for node in control.nodes():
+        if node.public_key in wanted and wanted[node.public_key].name == node.name:
+            nodes[node.id] = wanted.pop(node.public_key).name
+            continue
+        control.unregister(node.id)
+        said.append(f"{node.name}: refused from now on; its key is not on the roster, or its certificate has ended")
+    for key, member in wanted.items():
+        nodes[control.register(member.name, key)] = member.name
+        said.append(f"{member.name}: may connect; its certificate expires {day(member.until)}")
+    text = json.dumps({str(node): name for node, name in sorted(nodes.items())})
+    if not kit.nodes.is_file() or kit.nodes.read_text(encoding="utf-8") != text:
+        write(kit.nodes, text)
+    return said

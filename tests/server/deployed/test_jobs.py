@@ -1,0 +1,205 @@
+"""Bundles, what may be submitted, and what is fetched."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.common.config import get_fab_config
+
+from fedgraft.client.site.keys import make_key
+from fedgraft.core.config import RunConfig, config_from_json
+from fedgraft.core.errors import UserError
+from fedgraft.deployment.authority import Authority
+from fedgraft.deployment.kits import ServerKit
+from fedgraft.server.deployed import jobs
+from fedgraft.server.deployed.control import Control, Run
+from fedgraft.server.deployed.serving import reconcile
+
+TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n[[site]]\nname = "north"\n'
+
+
+class Link:
+    """Stands for a SuperLink's control interface."""
+
+    def __init__(self, runs: list[Run] | None = None) -> None:
+        self.listed = runs or []
+        self.known: dict[int, Any] = {}
+        self.sent: list[Any] = []
+
+    def runs(self) -> list[Run]:
+        return self.listed
+
+    def submit(self, bundle: Any, settings: dict[str, str]) -> int:
+        self.sent.append((bundle, settings))
+        return len(self.sent)
+
+    def nodes(self) -> list[Any]:
+        return list(self.known.values())
+
+    def register(self, name: str, public_key: str) -> int:
+        from fedgraft.server.deployed.control import Node
+
+        number = 100 + len(self.known)
+        self.known[number] = Node(number, name, public_key, "registered")
+        return number
+
+    def unregister(self, node: int) -> None:
+        del self.known[node]
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    (tmp_path / "federation.toml").write_text(TEXT)
+    found = Authority.create(tmp_path / "federation.toml", tmp_path / "kits")
+    for name in ("east", "north"):
+        make_key(found.kits / "sites" / name)
+        found.sign(found.kits / "sites" / name / "site.csr")
+    return found
+
+
+@pytest.fixture
+def kit(authority: Authority) -> ServerKit:
+    opened = ServerKit.open(authority.kits / "server")
+    for folder in (opened.state, opened.runs):
+        folder.mkdir()
+    return opened
+
+
+@pytest.fixture
+def config(tiny_federation: Any) -> RunConfig:
+    return tiny_federation.config(**{"data.path": "", "data.sites": ["east", "north"]})
+
+
+def test_a_bundle_holds_the_configuration_and_no_code(config: RunConfig) -> None:
+    odd = config.model_copy(update={"name": 'a "b" \\ \x7f ü 🙂 \n \x01'})
+    for given in (config, odd):
+        found = jobs.bundle(given)
+        with zipfile.ZipFile(io.BytesIO(found.content)) as archive:
+            assert set(archive.namelist()) == {"pyproject.toml", ".info/CONTENT"}
+        app = get_fab_config(found.content)["tool"]["flwr"]["app"]
+        assert app["components"] == {"serverapp": "fedgraft.server.app:app", "clientapp": "fedgraft.client.app:app"}
+        assert config_from_json(app["config"]["job"]) == given
+        assert jobs.bundle(given).hash_str == found.hash_str, "the same job is the same bundle, to the bit"
+
+
+def test_a_job_gets_a_name_and_starts(kit: ServerKit, config: RunConfig) -> None:
+    link = Link()
+    name, _ = jobs.submit(kit, link, config)  # type: ignore[arg-type]
+    assert name.startswith("tiny-20")
+    assert link.sent[0][1] == {"output": name}
+    assert jobs.submit(kit, link, config, "second")[0] == "second"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", "-x", "x" * 101])
+def test_a_name_cannot_lead_out_of_the_folder_of_runs(kit: ServerKit, config: RunConfig, name: str) -> None:
+    with pytest.raises(UserError, match="letters, digits"):
+        jobs.submit(kit, Link(), config, name)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="letters, digits"):
+        jobs.submit(kit, Link(), config, resume=name)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has left anything"):
+        jobs.fetch(kit, name, kit.folder / "out")
+
+
+def test_a_job_for_sites_that_are_not_on_the_roster_is_refused(
+    kit: ServerKit, authority: Authority, config: RunConfig
+) -> None:
+    authority.revoke("north")
+    with pytest.raises(UserError, match=r"data.sites: north: not on the roster, or expired; on it are east"):
+        jobs.submit(kit, Link(), config)  # type: ignore[arg-type]
+
+
+def test_what_cannot_run_is_refused_before_it_is_sent(kit: ServerKit, config: RunConfig, tiny_federation: Any) -> None:
+    link = Link([Run(7, "busy", "running", "", "", "")])
+    values = {"data.path": "", "data.sites": ["east", "north"]}
+    for changed, said in (
+        (tiny_federation.config(**values, strategy="nonesuch"), "nonesuch"),
+        (tiny_federation.config(**values, **{"simulation.latency": 1.0}), "is for simulations"),
+    ):
+        with pytest.raises(UserError, match=said):
+            jobs.submit(kit, link, changed)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no such run to resume"):
+        jobs.submit(kit, link, config, resume="never")  # type: ignore[arg-type]
+    for name in ("done", "busy"):
+        (kit.runs / name).mkdir()
+        (kit.runs / name / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="a job had this name before"):
+        jobs.submit(kit, link, config, "done")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="busy: is still running; stop it first"):
+        jobs.submit(kit, link, config, resume="busy")  # type: ignore[arg-type]
+    assert link.sent == []
+    assert jobs.submit(kit, link, config, resume="done")[0] == "done"  # type: ignore[arg-type]
+    assert link.sent[0][1] == {"output": "done", "resume": "done"}
+
+
+def test_a_job_is_found_by_name_or_number_and_else_the_latest() -> None:
+    link = Link([Run(1, "a", "failed", "", "", ""), Run(2, "a", "completed", "", "", ""), Run(3, "b", "", "", "", "")])
+    assert jobs.find(link, "a").id == 2  # type: ignore[arg-type]
+    assert jobs.find(link, "1").id == 1  # type: ignore[arg-type]
+    assert jobs.find(link, "").id == 3  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no job `c`; there are a, a, b"):
+        jobs.find(link, "c")  # type: ignore[arg-type]
+    jobs.require_completed(link, 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a: failed"):
+        jobs.require_completed(link, 1)  # type: ignore[arg-type]
+
+
+def test_a_server_that_is_not_started_is_one_line(kit: ServerKit) -> None:
+    control = Control(kit)
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+: the server does not answer; is it started"):
+        control.runs()
+    control.close()
+
+
+def test_a_finished_job_is_fetched_without_its_checkpoints(kit: ServerKit, tmp_path: Path) -> None:
+    run = kit.runs / "done"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="done: is running"):
+        jobs.fetch(kit, "done", tmp_path / "out")
+    (run / "run.json").write_text('{"status": "finished"}')
+    assert {path.name for path in jobs.fetch(kit, "done", tmp_path / "out").iterdir()} == {"adapter", "run.json"}
+    with pytest.raises(UserError, match="is there already"):
+        jobs.fetch(kit, "done", tmp_path / "out")
+    with pytest.raises(UserError, match="no job `other` has left anything; there are done"):
+        jobs.fetch(kit, "other", tmp_path / "other")
+
+
+# Whom the SuperLink knows
+
+
+def test_the_superlink_knows_the_roster_and_nobody_else(kit: ServerKit, authority: Authority) -> None:
+    link: Any = Link()
+    link.register("stranger", "a key that nobody signed")
+    said = reconcile(kit, link)
+    assert {node.name for node in link.nodes()} == {"east", "north"}
+    assert sum("may connect" in line for line in said) == 2 and any("stranger: refused" in line for line in said)
+    assert sorted(json.loads(kit.nodes.read_text()).values()) == ["east", "north"]
+    assert reconcile(kit, link) == []
+    authority.revoke("east")
+    assert [line.split(":")[0] for line in reconcile(kit, link)] == ["east"]
+    assert list(json.loads(kit.nodes.read_text()).values()) == ["north"]
+
+
+def test_a_key_registered_under_another_s_name_is_put_right(kit: ServerKit) -> None:
+    link: Any = Link()
+    member = kit.roster().members[0]
+    link.register("north" if member.name == "east" else "east", member.public_key)
+    reconcile(kit, link)
+    assert {node.public_key: node.name for node in link.nodes()} == {m.public_key: m.name for m in kit.roster().members}
+
+
+def test_a_roster_that_another_signed_changes_nothing(kit: ServerKit, authority: Authority, tmp_path: Path) -> None:
+    link: Any = Link()
+    reconcile(kit, link)
+    other = Authority.create(tmp_path / "federation.toml", tmp_path / "others")
+    (kit.folder / "roster.json").write_bytes((other.kits / "roster.json").read_bytes())
+    with pytest.raises(UserError, match="was not signed by this federation's authority"):
+        reconcile(kit, link)
+    assert len(link.nodes()) == 2
