@@ -1,4 +1,4 @@
-"""`fedgraft site start`: the SuperNode of a site's kit."""
+"""`fedgraft site start`: the SuperNode of a site's kit, and the worker that answers what it receives."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ...deployment.kits import SiteKit
 from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch
 from ...deployment.reach import reach, require_clock
 from ..policy import load_policy
+from ..warm.command import fresh_secret, supernode_options, worker_command
 
 _POLL = 0.2
 #: What Flower says to a SuperNode whose key the server does not know, or knows no longer.
@@ -25,11 +26,10 @@ _UNKNOWN = ("Failed to activate SuperNode", "does not recognize this SuperNode",
 _GAVE_UP = "SuperNode terminated gracefully"
 
 
-def supernode_command(kit: SiteKit, port: int) -> list[str]:
-    """How the site's SuperNode is started; it serves the site's own processes at ``port`` of the loopback interface.
+def supernode_command(kit: SiteKit, port: int, secret: Path) -> list[str]:
+    """How the site's SuperNode is started; it serves the site's worker at ``port`` of the loopback interface.
 
-    The one place that says how a site's processes come to be: what runs beside or instead of Flower's own client
-    processes is arranged here.
+    It runs nothing itself: the worker, which knows the ``secret``, answers with the site's own installation.
     """
     return [
         *(sys.executable, "-m", f"{__package__}.process"),
@@ -38,6 +38,7 @@ def supernode_command(kit: SiteKit, port: int) -> list[str]:
         *("--auth-supernode-private-key", str(kit.key)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", node_config(kit)),
+        *supernode_options(secret),
     ]
 
 
@@ -67,19 +68,27 @@ def start(kit: SiteKit, say: Callable[[str], None]) -> None:
     """
     certificate = require_ready(kit)
     private_folder(kit.state)
-    log = kit.folder / "logs" / "supernode.log"
-    begun = log.stat().st_size if log.exists() else 0
-    process = launch(supernode_command(kit, free_port()), environment(kit.state / "flower"), log)
+    log, worker_log = (kit.folder / "logs" / f"{name}.log" for name in ("supernode", "worker"))
+    begun, worker_begun = (file.stat().st_size if file.exists() else 0 for file in (log, worker_log))
+    surroundings, port, secret = environment(kit.state / "flower"), free_port(), fresh_secret(kit.state)
+    worker = launch(worker_command(kit.state, f"127.0.0.1:{port}", secret), surroundings, worker_log)
+    process = None
     try:
+        process = launch(supernode_command(kit, port, secret), surroundings, log)
         with ended_on_signals():
-            say(f"site {kit.name} of {kit.settings.federation}: taking part; log: {log}")
+            say(f"site {kit.name} of {kit.settings.federation}: taking part; logs: {log.parent}")
             if certificate.not_valid_after_utc - now() < SOON:
                 say(f"site.crt expires {day(certificate.not_valid_after_utc)}: send site.csr to the coordinator again")
             while process.poll() is None:
+                if worker.poll() is not None:
+                    why = last_words(worker_log, worker_begun)
+                    raise UserError(f"the site's worker ended with code {worker.returncode}: {why} (log: {worker_log})")
                 time.sleep(_POLL)
             raise UserError(_why(kit, log, begun, process.returncode))
     finally:
-        end(process)
+        if process is not None:
+            end(process)
+        end(worker)
 
 
 def _why(kit: SiteKit, log: Path, begun: int, code: int) -> str:

@@ -33,10 +33,13 @@ def kit(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> SiteKit:
 
 
 def test_flower_reads_the_command_as_it_is_meant(kit: SiteKit, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = supernode.supernode_command(kit, 18101)
+    secret = kit.folder / "secret"
+    secret.write_bytes(b"known to both")
+    command = supernode.supernode_command(kit, 18101, secret)
     monkeypatch.setattr("sys.argv", ["flower-supernode", *command[3:]])
     config = _parse_supernode_lifespan_config()
     assert (config.insecure, config.server_address, config.port) == (False, "127.0.0.1:9092", 18101)
+    assert (config.isolation, config.superexec_auth_secret) == ("process", b"known to both"), "it runs nothing itself"
     assert config.root_certificates == (kit.folder / "ca.crt").read_bytes()
     assert config.authentication_keys is not None
     assert not config.runtime_dependency_install
