@@ -18,6 +18,7 @@ from ...deployment.processes import end, ended_on_signals, environment, free_por
 from ...deployment.reach import reach, require_clock
 from ..policy import load_policy
 from ..warm.command import fresh_secret, supernode_options, worker_command
+from .trust import write_roster
 
 _POLL = 0.2
 #: What Flower says to a SuperNode whose key the server does not know, or knows no longer.
@@ -44,7 +45,7 @@ def supernode_command(kit: SiteKit, port: int, secret: Path) -> list[str]:
 
 def node_config(kit: SiteKit) -> str:
     """What the site tells its own client processes. Raises :class:`UserError` for a path that Flower cannot pass on."""
-    values = {"site": kit.name, "site-folder": str(kit.state), "policy": str(kit.policy)}
+    values = {"site": kit.name, "site-folder": str(kit.state), "policy": str(kit.policy), "signing-key": str(kit.key)}
     for value in values.values():
         if re.search(r"[\"\\\n]", value):
             raise UserError(f"{value}: Flower takes no quotes or backslashes in a path; move the kit elsewhere")
@@ -68,6 +69,7 @@ def start(kit: SiteKit, say: Callable[[str], None]) -> None:
     """
     certificate = require_ready(kit)
     private_folder(kit.state)
+    write_roster(kit)
     log, worker_log = (kit.folder / "logs" / f"{name}.log" for name in ("supernode", "worker"))
     begun, worker_begun = (file.stat().st_size if file.exists() else 0 for file in (log, worker_log))
     surroundings, port, secret = environment(kit.state / "flower"), free_port(), fresh_secret(kit.state)

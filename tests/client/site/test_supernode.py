@@ -10,9 +10,11 @@ from flwr.supernode.cli.flower_supernode import _parse_supernode_lifespan_config
 
 from fedgraft.client.site import supernode
 from fedgraft.client.site.keys import make_key
+from fedgraft.client.site.trust import write_roster
 from fedgraft.core.errors import UserError
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import SiteKit
+from fedgraft.privacy.securesum.identity import load_roster, load_signing_key, sign
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
 
@@ -43,8 +45,26 @@ def test_flower_reads_the_command_as_it_is_meant(kit: SiteKit, monkeypatch: pyte
     assert config.root_certificates == (kit.folder / "ca.crt").read_bytes()
     assert config.authentication_keys is not None
     assert not config.runtime_dependency_install
-    assert config.node_config == {"site": "east", "site-folder": str(kit.state), "policy": str(kit.policy)}
+    assert config.node_config == {
+        "site": "east",
+        "site-folder": str(kit.state),
+        "policy": str(kit.policy),
+        "signing-key": str(kit.key),
+    }
     assert " " in str(kit.folder), "blanks are passed on"
+
+
+def test_a_secure_sum_knows_the_members_of_the_roster_and_signs_with_the_sites_key(
+    kit: SiteKit, authority: Authority
+) -> None:
+    roster = load_roster(write_roster(kit))
+    key = load_signing_key(kit.key)
+    assert roster.owns("east", key) and roster.signed("east", sign(key, b"text"), b"text")
+    with pytest.raises(UserError, match="site west is not in this site's roster"):
+        roster.digest(["east", "west"])
+    authority.revoke("east")
+    with pytest.raises(UserError, match="does not list this site's key"):
+        write_roster(kit)
 
 
 def test_a_path_that_flower_would_misread_is_refused(authority: Authority, tmp_path: Path) -> None:
