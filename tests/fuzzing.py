@@ -132,7 +132,8 @@ class Fuzzer:
             if isinstance(value, dict) and isinstance(value.get("tensors"), list) and value["tensors"]:
                 key = self.random.choice(("tensors", "extras"))
                 named = self.random.choice(value["tensors"])
-                value[key] = [*value[key], named if key == "tensors" else [*named, "float32", "weight"]]
+                if isinstance(value.get(key), list) and isinstance(named, list):  # they may have been bent before
+                    value[key] = [*value[key], named if key == "tensors" else [*named, "float32", "weight"]]
             return value
 
         self._json(records, twice)
