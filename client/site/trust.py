@@ -12,10 +12,10 @@ from ...deployment.kits import SiteKit
 def write_roster(kit: SiteKit) -> Path:
     """The keys of all members with a current certificate, in the site's own folder; never those that a server names.
 
-    Raises :class:`UserError` where the kit's roster is not the authority's, or does not list this site.
+    Raises :class:`UserError` where the kit's roster is not the authority's.
     """
     path = kit.state / "roster.toml"
     # A JSON text is a TOML text too.
-    lines = (f"{json.dumps(m.name)} = {json.dumps(m.public_key)}\n" for m in kit.require_member().current())
+    lines = (f"{json.dumps(m.name)} = {json.dumps(m.public_key)}\n" for m in kit.roster().current())
     write(path, "[sites]\n" + "".join(lines), PRIVATE_FILE)
     return path
