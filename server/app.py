@@ -37,8 +37,16 @@ def run_on(
     ``registered``: the site that a node's key stands for, where nodes have keys.
     """
     with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
-        run = Federation(prompt(grid), config, rundir, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
-        run.registered = registered
+        run = Federation(
+            prompt(grid),
+            config,
+            rundir,
+            engine=engine,
+            resume=resume,
+            watch=watch,
+            onlooker=onlooker,
+            registered=registered,
+        )
         return run.start()
 
 

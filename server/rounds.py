@@ -104,7 +104,7 @@ class Federation:
     """One run from its first join to its report.
 
     ``grid``: Flower's, or a simulation's; ``rundir``: new, or with ``resume`` one that holds checkpoints; ``onlooker``:
-    what a simulation adds to the record.
+    what a simulation adds to the record; ``registered``: where nodes have keys, so that no site can pass for another.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Federation:
         resume: bool,
         watch: Watch = SILENT,
         onlooker: Onlooker = NOBODY,
+        registered: Registered | None = None,
     ) -> None:
         self.grid = grid
         self.config = config
@@ -124,6 +125,7 @@ class Federation:
         self.watch = watch
         self.onlooker = onlooker
         self.engine = engine
+        self.registered = registered
         self.aggregator = check(config)
         self.central: CentralPrivacy | None = None
         if config.central.enabled:
@@ -132,8 +134,6 @@ class Federation:
         self.started = time.monotonic()
         self.facts: dict[str, dict[str, float]] = {}
         self._tally = Tally()
-        #: Where nodes have keys, no site can pass for another.
-        self.registered: Registered | None = None
         self._digests: Recent[int, str] = Recent(_RANKS)
         self._noted: set[str] = set()
         task = create_task(config.task)
