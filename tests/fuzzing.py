@@ -198,7 +198,7 @@ class Fuzzer:
                 read = array.numpy()
             except Exception:  # an array that was bent before
                 return array
-            # No values to spoil; and of entries without bytes (|V0) there may be 10**14, which a copy would walk through.
+            # No values to spoil; of entries without bytes (|V0) there may be 10**14, which a copy would walk through.
             if not isinstance(read, np.ndarray) or read.dtype.kind not in "fi":
                 return array
             numbers = np.array(read)

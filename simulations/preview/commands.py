@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ...core.config import load_config
-from ..scenario import load_scenario, named, scenario_path
 
 app = typer.Typer(help="The scenarios: list them, show one, preview how records are dealt.", add_completion=False)
 #: So many sites and classes have a row and a column of their own.
@@ -23,6 +22,8 @@ _ROWS, _COLUMNS = 20, 12
 @app.callback(invoke_without_command=True)
 def _list(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the scenarios that come with fedgraft."""
+    from ..scenario import named
+
     if context.invoked_subcommand is not None:
         return
     rows = [_row(name) for name in named()]
@@ -42,6 +43,8 @@ def _list(context: typer.Context, as_json: Annotated[bool, typer.Option("--json"
 
 
 def _row(name: str) -> dict[str, Any]:
+    from ..scenario import scenario_path
+
     config = load_config(scenario_path(name))
     return {
         "name": name,
@@ -66,6 +69,8 @@ def _about(text: str) -> str:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A scenario that comes with fedgraft.")]) -> None:
     """Print a scenario's file, to read it or to begin one's own."""
+    from ..scenario import scenario_path
+
     print(scenario_path(name).read_text(encoding="utf-8"), end="")
 
 
@@ -77,6 +82,7 @@ def preview(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Deal a configuration's records as a run would, and show what each site gets. Nothing is trained."""
+    from ..scenario import load_scenario
     from .picture import draw
     from .tally import tally
 
