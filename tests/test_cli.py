@@ -566,3 +566,12 @@ def test_the_installed_command_says_a_mistake_in_one_line(tmp_path: Path) -> Non
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("fedgraft: unknown strategy `nonsense`; there are ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_computes_nothing_does_not_load_torch() -> None:
+    script = (
+        "import sys, fedgraft.cli, fedgraft.client.site.supernode, fedgraft.server.deployed.serving\n"
+        "print([name for name in ('torch', 'transformers', 'opacus', 'peft') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
