@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import os
@@ -37,15 +36,16 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from fedgraft.core.config import RunConfig, load_config
+from fedgraft.core.config import RunConfig
 from fedgraft.deployment.processes import end, environment, free_port, launch
 from fedgraft.server.deployed import jobs
 from fedgraft.server.deployed.control import Control
 from fedgraft.server.rundir import read_metrics, read_run
+from fedgraft.simulations.loopback.dealing import with_files
 from fedgraft.simulations.loopback.policies import policy_for
 from fedgraft.simulations.loopback.running import Loopback
 from fedgraft.simulations.run import simulate
-from fedgraft.simulations.scenario import load_scenario, site_data
+from fedgraft.simulations.scenario import load_scenario
 
 RESULTS = Path(__file__).parent / "results"
 SITES = ("north", "east", "south")
@@ -54,28 +54,15 @@ Processes = Mapping[str, subprocess.Popen[bytes]]
 
 
 def prepared(tiny: bool, rounds: int, private: bool, scratch: Path) -> RunConfig:
-    """The job of three sites, each with a file of its own, written to ``scratch``."""
+    """The job of three sites, each with a file of its own in ``scratch``."""
     listed = ", ".join(f'"{site}"' for site in SITES)
     changes = [f"data.sites=[{listed}]", f"rounds={rounds}", "train.device=cpu", f"privacy.enabled={private}".lower()]
+    # Little arithmetic, so that what lies beside it is not lost in the arithmetic's own noise.
+    changes += ["data.max_per_class=300", "train.local_steps=2"]
     if tiny:
-        changes += ["model=builtin:tiny-bert", "train.local_steps=2", "data.max_per_class=40", "train.batch_size=20"]
-    scenario = load_scenario("hospitals-icd10", changes)
-    labels, files = scenario.task.labels, {}
-    for name, data in site_data(scenario).items():
-        path = files[name] = scratch / f"{name}.csv"
-        records = data.train
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label", "patient"])
-            for at, text in enumerate(records.inputs):
-                writer.writerow([text, labels[records.labels[at]], records.patients[at]])
-    values = json.loads(scenario.to_json())
-    values["data"] = {"sites": [{"name": name, "path": str(path)} for name, path in files.items()]}
-    values["task"]["labels"] = list(labels)
-    values.pop("simulation", None)
-    values["server"] |= {"join_timeout": 300.0}
-    (scratch / "job.json").write_text(json.dumps(values))
-    return load_config(scratch / "job.json")
+        changes += ["model=builtin:tiny-bert", "data.max_per_class=40", "train.batch_size=20"]
+    changes += ["server.join_timeout=300"]
+    return with_files(load_scenario("hospitals-icd10", changes), scratch / "data")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _FOLDER = Path("dev")
 
 @app.command()
 def up(
-    config: Annotated[Path, typer.Argument(help="A run's configuration: each site has its path.", show_default=False)],
+    config: Annotated[str, typer.Argument(help="A TOML file, or a scenario that comes with fedgraft.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as you like.")] = None,
     output: _Folder = _FOLDER,
     port: Annotated[int, typer.Option(help="Where the server listens; 0: at a free port.", min=0, max=65535)] = 0,
@@ -23,13 +23,17 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Leave it running: fedgraft dev down ends it.")] = False,
 ) -> None:
     """Provision, start the server and all sites, and end them with Ctrl-C, or with the job."""
-    from ...core.config import load_config
+    from ...deployment.files import private_folder, write
     from ...deployment.processes import ended_on_signals
     from ...server.deployed import jobs
     from ...server.deployed.control import Control
+    from ..scenario import load_scenario
+    from .dealing import with_files
     from .running import Loopback
 
-    settings = load_config(config, overrides or [])
+    settings = with_files(load_scenario(config, overrides or []), output / "data")
+    private_folder(output)
+    write(output / "job.json", settings.to_json())
     loopback = Loopback(output, settings)
     loopback.provision(port)
 
@@ -46,7 +50,7 @@ def up(
             jobs.require_completed(control, number)
             say(f"{kit.runs / name}")
             return
-        say(f"submit jobs by: fedgraft job submit {config} --kit {loopback.kits / 'server'}")
+        say(f"submit jobs by: fedgraft job submit {output / 'job.json'} --kit {loopback.kits / 'server'}")
         if detach:
             loopback.leave()
             say(f"end it by: fedgraft dev down --output {output}")
