@@ -9,14 +9,18 @@ import os
 import time
 from collections.abc import Callable
 
+import httpx
 from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.supernode import start_client_internal
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 #: The least that a SuperNode waits between two looks for a message, or for the worker's answer.
 SOON = 0.2
 #: What it waits else, as a part of the time since there was one.
 PART = 0.1
+#: How OpenSSL says that a certificate does not stand for the server.
+_DISTRUST = "CERTIFICATE_VERIFY_FAILED"
 
 
 class Waiting:
@@ -43,9 +47,27 @@ class Waiting:
         self._wait(min(seconds, max(SOON, PART * (self._now() - self._busy))))
 
 
+def patient() -> RetryInvoker:
+    """Flower's way to try a broken connection again, which takes one that breaks during the handshake for a refusal.
+
+    Then an answer is dropped that took an hour to make. Only a certificate that is not the server's is a refusal.
+    """
+    invoker = make_simple_http_retry_invoker()
+    gives_up = invoker.should_giveup
+
+    def refused(error: Exception) -> bool:
+        if isinstance(error, httpx.TransportError):
+            return _DISTRUST in str(error)
+        return gives_up is not None and gives_up(error)
+
+    invoker.should_giveup = refused
+    return invoker
+
+
 def main() -> None:
     """`flower-supernode`, watched over."""
     start_parent_process_monitor(os.getppid())
+    fleet_http_connection.make_simple_http_retry_invoker = patient
     start_client_internal.time = Waiting()  # type: ignore[assignment]
     flower_supernode()
 

@@ -101,6 +101,9 @@ def _why(kit: SiteKit, log: Path, begun: int, code: int) -> str:
             "revoked or expired; ask the coordinator"
         )
     if _GAVE_UP in text:
+        # A clock that has been set wrong meanwhile is refused as a strange key is.
+        server = kit.settings.server
+        require_clock(reach(server.host, server.port, kit.folder / "ca.crt"), server.address)
         return (
             f"{kit.settings.server.address} takes this site's key no more: revoked or expired; ask the coordinator "
             "(unless somebody here ended the SuperNode)"

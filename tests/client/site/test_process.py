@@ -1,14 +1,15 @@
-"""How a site's SuperNode waits: soon after a message, rarely when none has come for long."""
+"""How a site's SuperNode waits: soon after a message, rarely when none has come for long, and while nobody answers."""
 
 from __future__ import annotations
 
 import inspect
 import time
 
+import httpx
 import pytest
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
 
-from fedgraft.client.site.process import PART, SOON, Waiting
+from fedgraft.client.site.process import PART, SOON, Waiting, patient
 
 _IDLE, _ANSWER = 3.0, 0.5
 
@@ -65,3 +66,35 @@ def test_flower_s_loop_waits_by_the_name_that_is_replaced() -> None:
     assert start_client_internal.time is time
     source = inspect.getsource(start_client_internal)
     assert "time.sleep(3)" in source and "time.sleep(0.5)" in source
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"), True),
+        (httpx.ConnectError("[Errno 111] Connection refused"), True),
+        (httpx.ReadError("[SSL] record layer failure"), True),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed"), False),
+    ],
+)
+def test_what_breaks_is_tried_again_and_a_strange_certificate_is_not(error: Exception, again: bool) -> None:
+    invoker = patient()
+    invoker.wait_function = lambda seconds: None
+    tries: list[int] = []
+
+    def send() -> str:
+        tries.append(1)
+        if len(tries) == 1:
+            raise error
+        return "sent"
+
+    if again:
+        assert invoker.invoke(send) == "sent"
+    else:
+        with pytest.raises(httpx.ConnectError):
+            invoker.invoke(send)
+    assert len(tries) == 1 + again
+
+
+def test_flower_connects_by_the_name_that_is_replaced() -> None:
+    assert "make_simple_http_retry_invoker()" in inspect.getsource(fleet_http_connection)
