@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -197,6 +198,42 @@ def report(folder: Annotated[Path, typer.Argument(help="A run directory.")]) -> 
     from .server.report import write_report
 
     print(write_report(folder))
+
+
+@app.command()
+def top(
+    folder: Annotated[Path, typer.Argument(help="A run directory, or a kit.", show_default=False)] = Path(),
+    kit: Annotated[Path | None, typer.Option("--kit", help="The folder of a server's or a site's kit.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one page and end.")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.2, help="Between two looks.")] = 2.0,
+) -> None:
+    """Watch a run, a server or a site in the terminal, until Ctrl-C."""
+    from .core.watching.screen import show
+
+    show(_page_of(kit or folder), once=once, seconds=seconds)
+
+
+def _page_of(folder: Path) -> Callable[[], RenderableType]:
+    """What draws the page of a server's kit, a site's kit, or a run directory, which need not be there yet."""
+    from .deployment.kits import ServerKit, SiteKit
+
+    if (folder / "server.toml").is_file():
+        from .server.watching.deployment import KitReader
+        from .server.watching.page import kit_page
+
+        server = KitReader(ServerKit.open(folder))
+        return lambda: kit_page(server.look())
+    if (folder / "site.toml").is_file():
+        from .client.watching.page import site_page
+        from .client.watching.snapshot import SiteReader
+
+        at_site = SiteReader(SiteKit.open(folder))
+        return lambda: site_page(at_site.look())
+    from .server.watching.page import run_page
+    from .server.watching.snapshot import RunReader
+
+    run = RunReader(folder)
+    return lambda: run_page(run.look())
 
 
 @app.command("profile")

@@ -19,6 +19,7 @@ from .onlooker import NOBODY, Onlooker
 from .prompt import prompt
 from .rounds import Federation, Registered
 from .rundir import RunDirectory
+from .watching.progress import watched
 
 
 def run_on(
@@ -36,7 +37,10 @@ def run_on(
 
     ``registered``: the site that a node's key stands for, where nodes have keys.
     """
-    with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
+    with (
+        RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir,
+        watched(rundir.path, watch) as watch,
+    ):
         run = Federation(
             prompt(grid),
             config,

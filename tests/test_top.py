@@ -1,0 +1,67 @@
+"""`fedgraft top`, as a person types it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgraft import cli
+from fedgraft.deployment.authority import Authority
+
+TEXT = 'name = "oncology"\n[server]\naddress = "127.0.0.1:9"\nlisten = "127.0.0.1"\n[[site]]\nname = "east"\n'
+
+
+def typed(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["fedgraft", "top", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out + said.err
+
+
+def test_each_folder_has_its_page(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_federation.run(tiny_federation.private(rounds=1), tmp_path / "run")
+    (tmp_path / "federation.toml").write_text(TEXT)
+    kits = Authority.create(tmp_path / "federation.toml", tmp_path / "kits").kits
+    for arguments, words in (
+        ((tmp_path / "run",), ("tiny  finished  round 1 of 1", "east", "of 2")),
+        ((tmp_path / "nowhere",), (f"{tmp_path}/nowhere: no run here yet",)),
+        (("--kit", kits / "server"), ("oncology  server does not answer", "is it started?", "no job yet")),
+        (("--kit", kits / "sites" / "east"), ("east of oncology  no worker", "nothing was asked yet")),
+    ):
+        code, said = typed(*arguments, "--once", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0
+        assert all(word in said.replace("\n", "") for word in words), said
+
+
+def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    command = [sys.executable, "-m", "fedgraft", "top", "later", "--seconds", "0.2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    deadline = time.monotonic() + 60
+    while b"no run here yet" not in said:
+        assert time.monotonic() < deadline, said
+        said += os.read(ours, 4096)
+    process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            said += os.read(ours, 4096)
+        except OSError:  # the terminal's other end is closed
+            break
+    os.close(ours)
+    assert process.wait(30) == 0
+    assert b"Traceback" not in said and b"Error" not in said
