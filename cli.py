@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -22,6 +23,10 @@ from .client.merge_commands import merge
 from .client.policy_commands import app as policy
 from .client.site.commands import app as site
 from .core.errors import UserError
+from .core.progress import SILENT, Watch
+from .core.watching.logs import LogFormat, choose
+from .core.watching.options import LogForm, MetricsAddress, MetricsPort
+from .core.watching.prometheus import ADDRESS, endpoint
 from .deployment.commands import app as provision
 from .privacy.commands import app as privacy
 from .server.deployed.commands import job, server
@@ -31,6 +36,9 @@ from .simulations.audit.commands import audit
 from .simulations.loopback.commands import app as dev
 from .simulations.preview.commands import app as scenarios
 from .simulations.sweep.commands import compare, sweep
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 app = typer.Typer(
     name="fedgraft",
@@ -100,6 +108,9 @@ def simulate(
     output: Annotated[Path | None, typer.Option(help="The run directory (default: runs/NAME-DATE-TIME).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    metrics_port: MetricsPort = 0,
+    metrics_address: MetricsAddress = ADDRESS,
+    log_format: LogForm = LogFormat.text,
 ) -> None:
     """Run a whole federation on this machine."""
     from .simulations import run as runs
@@ -120,11 +131,15 @@ def simulate(
         settings, rounds = load_scenario(config, overrides or []), None
     else:
         raise UserError("say what to run: a configuration file, a scenario such as hospitals-icd10, or --resume DIR")
-    with Live(console, settings) as live:
+    output = resume or output or runs.default_output(settings)
+    live: AbstractContextManager[Watch] = (
+        nullcontext(SILENT) if choose(log_format, sys.stderr) else Live(console, settings)
+    )
+    with endpoint(metrics_port, metrics_address, _metrics_of(output)), live as watch:
         if resume is not None:
-            result = runs.resume(resume, rounds=rounds, execution=execution, watch=live)
+            result = runs.resume(resume, rounds=rounds, execution=execution, watch=watch)
         else:
-            result = runs.simulate(settings, output, execution=execution, watch=live)
+            result = runs.simulate(settings, output, execution=execution, watch=watch)
     if as_json:
         print(json.dumps(_as_json(result)))
         return
@@ -134,6 +149,19 @@ def simulate(
         out.print(profile_table(profile_of(Path(result["report_path"]).parent)))
     for line in closing_lines(result):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _metrics_of(folder: Path) -> Callable[[], Iterable[Metric]]:
+    from .server.watching.snapshot import RunReader
+
+    reader = RunReader(folder)
+
+    def collect() -> Iterable[Metric]:
+        from .server.watching.prometheus import run_metrics
+
+        return run_metrics(reader.look())
+
+    return collect
 
 
 def _resumed_config(folder: Path, config: str, overrides: list[str], output: Path | None) -> tuple[Any, int | None]:

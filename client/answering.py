@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class _Visit:
     job: Job | None = None
     digest: str = ""
     here: _Here | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def log(self, event: str, **values: Any) -> None:
         """Write a line into the site's audit log. Raises :class:`UserError` when that cannot be."""
@@ -201,7 +203,7 @@ class SiteClient:
         if isinstance(content, Exception):
             event, told, content = "refused", self._reason(content, visit), self._refusal(content, visit)
         try:
-            visit.log(event, **told)
+            visit.log(event, seconds=round(time.monotonic() - visit.began, 3), **told)
         except Exception as error:
             log.error("site %s: %s", visit.site, one_line(error))
             content = self._refusal(error, visit)

@@ -51,17 +51,20 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedgraft", "top", "later", "--seconds", "0.2"]
     process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    said = b""
-    deadline = time.monotonic() + 60
-    while b"no run here yet" not in said:
-        assert time.monotonic() < deadline, said
-        said += os.read(ours, 4096)
-    process.send_signal(signal.SIGINT)
-    while True:
-        try:
+    said, deadline = b"", time.monotonic() + 120
+    try:
+        while b"no run here yet" not in said:
+            assert time.monotonic() < deadline, said
             said += os.read(ours, 4096)
-        except OSError:  # the terminal's other end is closed
-            break
-    os.close(ours)
-    assert process.wait(30) == 0
+        process.send_signal(signal.SIGINT)
+        while True:
+            try:
+                said += os.read(ours, 4096)
+            except OSError:  # the terminal's other end is closed
+                break
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
     assert b"Traceback" not in said and b"Error" not in said

@@ -19,7 +19,7 @@ def site_page(view: SiteView) -> RenderableType:
     rows: list[RenderableType] = [_head(view)]
     if view.trouble:
         rows.append(Text(view.trouble, style="red", overflow="fold"))
-    rows += [_last(view.last), _counts("answered", view.answered), _counts("refused", view.refused)]
+    rows += [_last(view.last), _counts("answered", view.answered), _counts("refused", _by_kind(view.refused))]
     rows.append(Text(f"{size(view.bytes_out)} left the site, {size(view.disk_free)} of disk free", style="dim"))
     if view.budgets:
         rows += [Text(""), _budgets(view.budgets)]
@@ -45,6 +45,10 @@ def _last(line: Line | None) -> Text:
 def _counts(word: str, counts: Mapping[str, int]) -> Text:
     text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     return Text(f"{word}: {text or 'nothing'}", style="yellow" if word == "refused" and counts else "")
+
+
+def _by_kind(refused: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    return {f"{kind} by the policy" if reason == "policy" else kind: count for (kind, reason), count in refused.items()}
 
 
 def _budgets(budgets: tuple[Budget, ...]) -> Table:

@@ -31,7 +31,10 @@ _TRYING = ("Connection attempt failed", "Starting Flower SuperNode")
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the audit log, as people want to know it: ``event`` is refused or left."""
+    """A line of the audit log, as people want to know it: ``event`` is refused or left.
+
+    ``why``: of a refusal, in words; ``reason``: ``policy`` where a line of the policy forbids, else ``other``.
+    """
 
     time: datetime | None
     event: str
@@ -39,6 +42,7 @@ class Line:
     run: str
     round: int
     why: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Budget:
 class SiteView:
     """A site: ``worker``: the number of its worker's process, 0 where none serves.
 
-    ``connected``: by the SuperNode's log, None where it says nothing; ``answered``, ``refused``: answers and refusals
-    by kind of instruction; ``trouble``: what is wrong with the policy.
+    ``connected``: by the SuperNode's log, None where it says nothing; ``answered``: answers by kind of instruction;
+    ``refused``: refusals by kind and reason; ``trouble``: what is wrong with the policy.
     """
 
     name: str
@@ -75,7 +79,7 @@ class SiteView:
     trouble: str = ""
     last: Line | None = None
     answered: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[tuple[str, str], int] = field(default_factory=dict)
     refusals: tuple[Line, ...] = ()
     bytes_out: int = 0
     budgets: tuple[Budget, ...] = ()
@@ -94,7 +98,7 @@ class SiteReader:
 
     def _forget(self) -> None:
         self._answered: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
+        self._refused: Counter[tuple[str, str]] = Counter()
         self._refusals: list[Line] = []
         self._last: Line | None = None
         self._bytes = 0
@@ -140,13 +144,14 @@ class SiteReader:
             str(line.get("run", "")),
             number if isinstance(number, int) else 0,
             str(line.get("why", "")),
+            "policy" if "rule" in line else "other",
         )
         self._last = found
         if event == "left":
             self._answered[found.kind] += 1
             self._bytes += int(line.get("bytes", 0))
         else:
-            self._refused[found.kind] += 1
+            self._refused[found.kind, found.reason] += 1
             self._refusals = [*self._refusals, found][-_REFUSALS:]
 
     def _budgets(self, policy: Policy) -> tuple[Budget, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -62,16 +62,6 @@ class Noted(Passing):
         with suppress(OSError):
             beside.write_text(json.dumps(self._values), encoding="utf-8")
             beside.replace(self._path)
-
-
-@contextmanager
-def watched(folder: Path, watch: Watch) -> Iterator[Watch]:
-    """What the run in ``folder`` is to tell its events to, so that other processes can see them."""
-    noted = Noted(watch, folder)
-    try:
-        yield noted
-    finally:
-        noted.close()
 
 
 @dataclass(frozen=True)

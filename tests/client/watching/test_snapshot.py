@@ -92,10 +92,11 @@ def test_refusals_are_counted_and_the_last_are_told_with_their_reason(served: Si
     with (served.state / "audit.jsonl").open("a") as file:
         for number in range(7):
             line = {"event": "refused", "kind": "train", "round": number, "why": f"reason {number}"}
+            line |= {"rule": {"file": "policy.toml", "line": 3, "text": ""}} if number % 2 else {}
             file.write(json.dumps({**line, "time": "2026-11-23T12:00:00+00:00"}) + "\n")
         file.write('{"event": "refused", "kind": "tr')
     view = reader.look()
-    assert view.refused == {"train": 7}
+    assert view.refused == {("train", "policy"): 3, ("train", "other"): 4}
     assert [line.why for line in view.refusals] == [f"reason {number}" for number in range(2, 7)]
     assert "reason 6" in printed(view) and "reason 1" not in printed(view)
 
