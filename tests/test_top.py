@@ -1,13 +1,16 @@
-"""`fedgraft top`, as a person types it."""
+"""`fedgraft top`, and the endpoint and the log of a run, as a person uses them."""
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import pytest
 
 from fedgraft import cli
 from fedgraft.deployment.authority import Authority
+from fedgraft.deployment.processes import free_port
+from fedgraft.server.watching.snapshot import RunReader
 
 TEXT = 'name = "oncology"\n[server]\naddress = "127.0.0.1:9"\nlisten = "127.0.0.1"\n[[site]]\nname = "east"\n'
 
@@ -68,3 +73,31 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
         process.wait()
         os.close(ours)
     assert b"Traceback" not in said and b"Error" not in said
+
+
+def test_a_simulation_can_be_scraped_and_logs_json_while_it_runs(tiny_federation: Any, tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_federation.values(rounds=400)))
+    port = free_port()
+    command = [sys.executable, "-m", "fedgraft", "simulate", "tiny.json", "--output", "run", "--log-format", "json"]
+    command += ["--engine", "inprocess", "--metrics-port", str(port)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = []
+        while not said or (said[-1]["event"], said[-1].get("round")) != ("phase_finished", 2):
+            said.append(json.loads(process.stderr.readline()))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            found = answer.read().decode()
+    finally:
+        process.kill()
+        process.wait()
+    assert 'fedgraft_run_status{status="running"} 1.0' in found and "fedgraft_rounds 400.0" in found
+    phases = [(line["kind"], line["round"]) for line in said if line["event"] == "phase_started"]
+    assert phases[:3] == [("evaluate", 0), ("train", 1), ("evaluate", 1)]
+    assert all(datetime.fromisoformat(line["time"]).utcoffset() is not None for line in said)
+    assert {line["run"] for line in said if line["logger"] == "fedgraft.run"} == {
+        json.loads((tmp_path / "run" / "run.json").read_text())["run"]
+    }
+    # Its process was killed, which a page says.
+    assert RunReader(tmp_path / "run").look().status == "stopped"
