@@ -21,6 +21,7 @@ from ..core.errors import PrivateError, UserError, one_line
 from ..core.profile import section
 from ..core.progress import SILENT, Watch
 from ..core.recent import Recent
+from ..core.watching import tracing
 from ..core.wire import (
     NEEDS_STATE,
     STEPS,
@@ -134,6 +135,13 @@ class _Visit:
             audit_log = AuditLog(self.folder, durable=self.durable)
             audit_log.write(event, site=self.site, kind=self.kind, **about, **values)
 
+    def trace(self, event: str, seconds: float, error: str) -> None:
+        """Make a span of the instruction, where the site asks for spans."""
+        job = self.job
+        about: dict[str, Any] = {"run": job.run, "round": job.round} if job is not None else {}
+        span = tracing.begin(f"fedgraft.{self.kind}", seconds_ago=seconds, site=self.site, kind=self.kind, **about)
+        tracing.end(span, error, event=event)
+
 
 class SiteClient:
     """The site's side of the conversation; one object serves every site of a process and keeps what is costly."""
@@ -203,7 +211,9 @@ class SiteClient:
         if isinstance(content, Exception):
             event, told, content = "refused", self._reason(content, visit), self._refusal(content, visit)
         try:
-            visit.log(event, seconds=round(time.monotonic() - visit.began, 3), **told)
+            seconds = round(time.monotonic() - visit.began, 3)
+            visit.log(event, seconds=seconds, **told)
+            visit.trace(event, seconds, str(told.get("why", "")))
         except Exception as error:
             log.error("site %s: %s", visit.site, one_line(error))
             content = self._refusal(error, visit)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import UserError, one_line
+from ...core.errors import UserError
 from ...core.progress import Passing, Watch
 from ...core.watching.logs import event
 from ..rundir import read_run
@@ -41,12 +41,12 @@ class Logged(Passing):
         self._log("phase_finished", kind=record["kind"], round=record["round"], answered=len(record["sites"]), **said)
         super().phase_finished(record)
 
-    def ended(self, error: UserError | None) -> None:
-        """The run is over, with ``error`` or without."""
-        if error is None:
-            self._log("run_finished")
+    def ended(self, why: str = "") -> None:
+        """The run is over; ``why``: what it failed of, if it did."""
+        if why:
+            self._log("run_failed", level=logging.ERROR, why=why)
         else:
-            self._log("run_failed", level=logging.ERROR, why=one_line(error))
+            self._log("run_finished")
 
     def _log(self, name: str, *, level: int = logging.INFO, **values: Any) -> None:
         if not self._run:

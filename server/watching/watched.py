@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...core.errors import UserError
+from ...core.errors import UserError, one_line
 from ...core.progress import Watch
 from .journal import Logged
 from .progress import Noted
+from .spans import Traced
 
 
 @contextmanager
@@ -17,11 +18,16 @@ def watched(folder: Path, watch: Watch) -> Iterator[Watch]:
     """What the run in ``folder`` is to tell its events to; it passes them on to ``watch``."""
     noted = Noted(watch, folder)
     logged = Logged(noted, folder)
+    traced = Traced(logged, folder)
     try:
-        yield logged
-        logged.ended(None)
-    except UserError as error:
-        logged.ended(error)
+        yield traced
+    except BaseException as error:
+        why = one_line(error) if isinstance(error, UserError) else type(error).__name__
+        logged.ended(why)
+        traced.ended(why)
         raise
+    else:
+        logged.ended()
+        traced.ended()
     finally:
         noted.close()
