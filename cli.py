@@ -31,6 +31,7 @@ from .deployment.commands import app as provision
 from .privacy.commands import app as privacy
 from .server.deployed.commands import job, server
 from .server.strategy_commands import app as strategies
+from .server.watching.commands import export
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 from .simulations.loopback.commands import app as dev
@@ -312,6 +313,7 @@ def doctor() -> None:
         raise UserError(f"{failed} of the checks failed")
 
 
+app.command("export")(export)
 app.command("audit")(audit)
 app.command("merge")(merge)
 app.command("embed")(embed)

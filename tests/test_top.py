@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,16 @@ from fedgraft.deployment.processes import free_port
 from fedgraft.server.watching.snapshot import RunReader
 
 TEXT = 'name = "oncology"\n[server]\naddress = "127.0.0.1:9"\nlisten = "127.0.0.1"\n[[site]]\nname = "east"\n'
+
+
+@pytest.fixture(autouse=True)
+def _site_log() -> Iterator[None]:
+    """The command silences the sites' log for its process, which here is that of all tests."""
+    log, flwr = logging.getLogger("fedgraft.site"), logging.getLogger("flwr")
+    before = log.propagate, list(log.handlers), flwr.level
+    yield
+    log.propagate, log.handlers[:] = before[:2]
+    flwr.setLevel(before[2])
 
 
 def typed(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

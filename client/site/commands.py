@@ -63,7 +63,7 @@ def start(
         return site_metrics(reader.look())
 
     with endpoint(metrics_port, metrics_address, collect):
-        take_part(opened, speaker("site", log_format))
+        take_part(opened, speaker("supernode", log_format))
 
 
 @app.command()

@@ -40,6 +40,8 @@ def begin(stream: TextIO) -> bool:
         return False
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
+    # Flower lets all that it says pass.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.split(".")[0] == _OWN)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(_OWN).setLevel(logging.INFO)
     return True

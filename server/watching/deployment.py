@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...core.errors import UserError, one_line
 from ...deployment.kits import ServerKit
-from ..deployed.control import Control
+from ..deployed.control import Control, Run
 from .snapshot import RunReader, RunView, SiteView
 
 
@@ -22,7 +22,7 @@ class KitView:
 
 
 class KitReader:
-    """Looks at the server of ``kit`` again and again; Flower's control interface is asked for the sites alone."""
+    """Looks at the server of ``kit`` again and again; Flower's control interface is asked for sites and jobs."""
 
     def __init__(self, kit: ServerKit) -> None:
         self.kit = kit
@@ -31,13 +31,14 @@ class KitReader:
 
     def look(self) -> KitView:
         """The server as it is now; where it does not answer, what its files say."""
-        trouble, sites = "", {}
+        trouble, sites, told = "", {}, None
         try:
             self._control = self._control or Control(self.kit)
             sites = {node.name: node.status == "online" for node in self._control.nodes()}
+            told = next((run for run in reversed(self._control.runs()) if run.name), None)
         except UserError as error:
             trouble = one_line(error)
-        job = self._job()
+        job = self._job(told)
         if job is not None:
             job = replace(job, sites=tuple(_seen(site, sites, bool(trouble)) for site in job.sites))
         return KitView(self.kit.settings.federation, trouble, sites, job)
@@ -46,13 +47,17 @@ class KitReader:
         if self._control is not None:
             self._control.close()
 
-    def _job(self) -> RunView | None:
-        folder = _latest(self.kit.runs)
+    def _job(self, told: Run | None) -> RunView | None:
+        folder = self.kit.runs / told.name if told is not None else _latest(self.kit.runs)
         if folder is None:
             return None
         if self._reader is None or self._reader.folder != folder:
             self._reader = RunReader(folder)
-        return self._reader.look()
+        view = self._reader.look()
+        if told is not None and view.status == "absent":
+            # It waits for its process, or ended before it had written anything.
+            return replace(view, status=told.status, error=told.details)
+        return view
 
 
 def _seen(site: SiteView, connected: dict[str, bool], silent: bool) -> SiteView:

@@ -60,8 +60,9 @@ def test_what_is_no_event_is_told_by_its_place_alone(stream: io.StringIO) -> Non
     try:
         raise ValueError(f"could not convert {secret}")
     except ValueError as error:
-        logging.getLogger("fedgraft.site").error("site %s: %s", "north", error, exc_info=True)
+        logging.getLogger("fedgraft.worker").error("site %s: %s", "north", error, exc_info=True)
         logging.getLogger("a.library").warning(f"bad row: {secret}")
+        logging.getLogger("a.library").setLevel(logging.DEBUG)
         logging.getLogger("a.library").info("not even this")
         usual = logging.Formatter().format(
             logging.LogRecord("x", logging.ERROR, "f", 1, "%s", (error,), (type(error), error, error.__traceback__))
