@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import urllib.request
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedgraft import cli
+from fedgraft.client.policy import TEMPLATE
+from fedgraft.client.site import supernode
 from fedgraft.client.watching.snapshot import Budget, Line, SiteView
+from fedgraft.deployment.authority import Authority
+from fedgraft.deployment.kits import SiteKit
+from fedgraft.deployment.processes import free_port
 
 pytest.importorskip("prometheus_client")
 
@@ -55,3 +65,23 @@ def test_every_number_of_a_site_is_a_metric() -> None:
         # What a damaged ledger leaves is not known, so nothing is said.
         ("fedgraft_budget_epsilon_left", "letters", "total"): 5,
     }
+
+
+def test_site_start_serves_the_metrics_of_its_own_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'name = "x"\n[server]\naddress = "127.0.0.1:9"\n[[site]]\nname = "east"\n'
+    (tmp_path / "federation.toml").write_text(text)
+    folder = Authority.create(tmp_path / "federation.toml", tmp_path / "kits").kits / "sites" / "east"
+    (folder / "policy.toml").write_text(TEMPLATE)
+    port, scraped = free_port(), []
+
+    def start(kit: SiteKit, say: Any) -> None:
+        scraped.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode())
+
+    monkeypatch.setattr(supernode, "start", start)
+    monkeypatch.setenv("FEDGRAFT_LOG_FORMAT", "text")
+    monkeypatch.setattr(sys, "argv", ["fedgraft", "site", "start", "--kit", str(folder), "--metrics-port", str(port)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert 'fedgraft_budget_epsilon_left{dataset="discharge-letters",span="year"} 4.0' in scraped[0]
+    assert "fedgraft_site_worker_up 0.0" in scraped[0] and "fedgraft_site_policy_valid 1.0" in scraped[0]
