@@ -239,10 +239,10 @@ def top(
     """Watch a run, a server or a site in the terminal, until Ctrl-C."""
     from .core.watching.screen import show
 
-    show(_page_of(kit or folder), once=once, seconds=seconds)
+    show(page_of(kit or folder), once=once, seconds=seconds)
 
 
-def _page_of(folder: Path) -> Callable[[], RenderableType]:
+def page_of(folder: Path) -> Callable[[], RenderableType]:
     """What draws the page of a server's kit, a site's kit, or a run directory, which need not be there yet."""
     from .deployment.kits import ServerKit, SiteKit
 

@@ -26,7 +26,7 @@ _REFUSALS = 5
 #: So much of the SuperNode's log tells whether it reaches the server.
 _TAIL = 1 << 15
 _CONNECTED = ("SuperNode ID", "Connection successful", "Received successfully", "Sent successfully", "Receiving:")
-_TRYING = ("Connection attempt failed", "Starting Flower SuperNode")
+_AWAY = ("Connection attempt failed", "Starting Flower SuperNode", "SuperNode terminated", "Application shutdown")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _connected(log: Path) -> bool | None:
     except OSError:
         return None
     for line in reversed(text.splitlines()):
-        if any(said in line for said in _TRYING):
+        if any(said in line for said in _AWAY):
             return False
         if any(said in line for said in _CONNECTED):
             return True

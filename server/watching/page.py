@@ -12,6 +12,8 @@ from .snapshot import RunView, SiteView
 
 #: More sites than these are not all on the page: those that gave nothing come first.
 _ROWS = 20
+#: Columns that a cell has at most.
+_NAME = 20
 _STYLES = {"running": "green", "finished": "green", "starting": "yellow", "stopped": "red", "failed": "red"}
 _WORDS = {"train": "training", "evaluate": "evaluating"}
 
@@ -64,16 +66,19 @@ def _costs(view: RunView) -> Text:
 
 def _sites(view: RunView) -> RenderableType:
     asked = any(site.connected is not None for site in view.sites)
-    table = Table.grid(padding=(0, 2, 0, 0))
-    heads = ["site", *(["server sees"] if asked else []), "heard", "rounds", "steps"]
+    heads = ["site", *(["now"] if asked else []), "heard", "rounds", "steps"]
     heads += ["epsilon"] if view.epsilon is not None else []
-    for name in heads:
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=24 if name == "site" else None)
-    table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
-    table.add_row(*(Text(head, style="dim") for head in heads), Text("missed", style="dim"))
     shown = sorted(view.sites, key=lambda site: (not site.why, site.name))[:_ROWS]
-    for site in sorted(shown, key=lambda site: site.name):
-        table.add_row(*_row(view, site, asked))
+    rows = [[Text(head, style="dim") for head in [*heads, "missed"]]]
+    rows += [_row(view, site, asked) for site in sorted(shown, key=lambda site: site.name)]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(len(heads)):
+        widest = max(row[column].cell_len for row in rows)
+        # What was missed gives way, in lines of its own.
+        table.add_column(no_wrap=True, overflow="ellipsis", min_width=min(widest, _NAME), max_width=_NAME)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     if len(view.sites) == len(shown):
         return table
     missing = sum(1 for site in view.sites if site.why)
@@ -88,7 +93,7 @@ def _row(view: RunView, site: SiteView, asked: bool) -> list[Text]:
     row += [Text(age(site.heard)), Text(f"{site.answered}/{site.asked}"), Text(str(site.steps))]
     if view.epsilon is not None:
         spent = site.epsilon or 0.0
-        row.append(Text.assemble(bar(spent / view.epsilon, 8), f" {spent:.2f} of {view.epsilon:g}"))
+        row.append(Text.assemble(bar(spent / view.epsilon, 6), f" {spent:.2f} of {view.epsilon:g}"))
     counts = ", ".join(f"{count} {fault}" for fault, count in site.missed.items())
     row.append(Text("; ".join(part for part in (counts, site.why) if part), style="yellow"))
     return row

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import fedgraft
 from fedgraft import cli
 from fedgraft.client.policy import TEMPLATE
 from fedgraft.client.site import supernode
@@ -49,6 +50,8 @@ def test_every_number_of_a_site_is_a_metric() -> None:
     registry.register(Collector())
     families = parsed(generate_latest(registry).decode())
     found = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    page = (Path(fedgraft.__file__).parent / "docs" / "watching.md").read_text(encoding="utf-8")
+    assert [name for name, *_ in found if f"`{name}`" not in page] == []
     assert found == {
         ("fedgraft_site_worker_up",): 1,
         ("fedgraft_site_connected",): 0,

@@ -132,6 +132,8 @@ def test_only_a_process_that_is_a_worker_is_one(served: SiteKit) -> None:
                 ("INFO : SuperNode ID: 17", True),
                 ("WARNING : Connection attempt failed, retrying in 0.8 seconds", False),
                 ("INFO : Connection successful after 3 seconds and 2 tries.\nINFO : ", True),
+                ("INFO : SuperNode terminated gracefully.\nINFO: Shutting down", False),
+                ("INFO : SuperNode ID: 17", True),
             ):
                 with (logs / "supernode.log").open("a") as file:
                     file.write(f"{said}\n")

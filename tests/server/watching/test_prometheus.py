@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import urllib.request
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import fedgraft
 from fedgraft.core.errors import UserError
 from fedgraft.core.watching.prometheus import ADDRESS, endpoint
 from fedgraft.deployment.processes import free_port
@@ -63,6 +65,9 @@ def test_a_scrape_has_the_numbers_of_run_json(finished: Any) -> None:
         assert found["fedgraft_site_epsilon", (("site", name),)] == site["epsilon"]
         assert found["fedgraft_site_rounds_total", (("site", name),)] == 3
         assert found["fedgraft_site_steps_total", (("site", name),)] == 9
+    page = (Path(fedgraft.__file__).parent / "docs" / "watching.md").read_text(encoding="utf-8")
+    names = {re.sub("_(bucket|count|sum)$", "", name) for name, _ in found}
+    assert [name for name in names if f"`{name}`" not in page] == []
     # How many records a site has is the site's to tell.
     assert not [name for name, _ in found if "records" in name or "units" in name]
 
