@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("fedgraft needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[demo,merge,partition,simulation,dev]'
+	$(PIP) -e '.[demo,merge,partition,simulation,watch,otel,tensorboard,mlflow,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## four hospitals, real clinical phrases, LoRA with patient-level DP

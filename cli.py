@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,15 +23,23 @@ from .client.merge_commands import merge
 from .client.policy_commands import app as policy
 from .client.site.commands import app as site
 from .core.errors import UserError
+from .core.progress import SILENT, Watch
+from .core.watching.logs import LogFormat, choose
+from .core.watching.options import LogForm, MetricsAddress, MetricsPort
+from .core.watching.prometheus import ADDRESS, endpoint
 from .deployment.commands import app as provision
 from .privacy.commands import app as privacy
 from .server.deployed.commands import job, server
 from .server.strategy_commands import app as strategies
+from .server.watching.commands import export
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 from .simulations.loopback.commands import app as dev
 from .simulations.preview.commands import app as scenarios
 from .simulations.sweep.commands import compare, sweep
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 app = typer.Typer(
     name="fedgraft",
@@ -99,6 +109,9 @@ def simulate(
     output: Annotated[Path | None, typer.Option(help="The run directory (default: runs/NAME-DATE-TIME).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    metrics_port: MetricsPort = 0,
+    metrics_address: MetricsAddress = ADDRESS,
+    log_format: LogForm = LogFormat.text,
 ) -> None:
     """Run a whole federation on this machine."""
     from .simulations import run as runs
@@ -119,11 +132,15 @@ def simulate(
         settings, rounds = load_scenario(config, overrides or []), None
     else:
         raise UserError("say what to run: a configuration file, a scenario such as hospitals-icd10, or --resume DIR")
-    with Live(console, settings) as live:
+    output = resume or output or runs.default_output(settings)
+    live: AbstractContextManager[Watch] = (
+        nullcontext(SILENT) if choose(log_format, sys.stderr) else Live(console, settings)
+    )
+    with endpoint(metrics_port, metrics_address, _metrics_of(output)), live as watch:
         if resume is not None:
-            result = runs.resume(resume, rounds=rounds, execution=execution, watch=live)
+            result = runs.resume(resume, rounds=rounds, execution=execution, watch=watch)
         else:
-            result = runs.simulate(settings, output, execution=execution, watch=live)
+            result = runs.simulate(settings, output, execution=execution, watch=watch)
     if as_json:
         print(json.dumps(_as_json(result)))
         return
@@ -133,6 +150,19 @@ def simulate(
         out.print(profile_table(profile_of(Path(result["report_path"]).parent)))
     for line in closing_lines(result):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _metrics_of(folder: Path) -> Callable[[], Iterable[Metric]]:
+    from .server.watching.snapshot import RunReader
+
+    reader = RunReader(folder)
+
+    def collect() -> Iterable[Metric]:
+        from .server.watching.prometheus import run_metrics
+
+        return run_metrics(reader.look())
+
+    return collect
 
 
 def _resumed_config(folder: Path, config: str, overrides: list[str], output: Path | None) -> tuple[Any, int | None]:
@@ -199,6 +229,42 @@ def report(folder: Annotated[Path, typer.Argument(help="A run directory.")]) -> 
     print(write_report(folder))
 
 
+@app.command()
+def top(
+    folder: Annotated[Path, typer.Argument(help="A run directory, or a kit.", show_default=False)] = Path(),
+    kit: Annotated[Path | None, typer.Option("--kit", help="The folder of a server's or a site's kit.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one page and end.")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.2, help="Between two looks.")] = 2.0,
+) -> None:
+    """Watch a run, a server or a site in the terminal, until Ctrl-C."""
+    from .core.watching.screen import show
+
+    show(page_of(kit or folder), once=once, seconds=seconds)
+
+
+def page_of(folder: Path) -> Callable[[], RenderableType]:
+    """What draws the page of a server's kit, a site's kit, or a run directory, which need not be there yet."""
+    from .deployment.kits import ServerKit, SiteKit
+
+    if (folder / "server.toml").is_file():
+        from .server.watching.deployment import KitReader
+        from .server.watching.page import kit_page
+
+        server = KitReader(ServerKit.open(folder))
+        return lambda: kit_page(server.look())
+    if (folder / "site.toml").is_file():
+        from .client.watching.page import site_page
+        from .client.watching.snapshot import SiteReader
+
+        at_site = SiteReader(SiteKit.open(folder))
+        return lambda: site_page(at_site.look())
+    from .server.watching.page import run_page
+    from .server.watching.snapshot import RunReader
+
+    run = RunReader(folder)
+    return lambda: run_page(run.look())
+
+
 @app.command("profile")
 def show_profile(
     folder: Annotated[Path, typer.Argument(help="The directory of a run made with --profile.")],
@@ -247,6 +313,7 @@ def doctor() -> None:
         raise UserError(f"{failed} of the checks failed")
 
 
+app.command("export")(export)
 app.command("audit")(audit)
 app.command("merge")(merge)
 app.command("embed")(embed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..core.errors import PrivateError, UserError, one_line
 from ..core.profile import section
 from ..core.progress import SILENT, Watch
 from ..core.recent import Recent
+from ..core.watching import tracing
 from ..core.wire import (
     NEEDS_STATE,
     STEPS,
@@ -122,6 +124,7 @@ class _Visit:
     job: Job | None = None
     digest: str = ""
     here: _Here | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def log(self, event: str, **values: Any) -> None:
         """Write a line into the site's audit log. Raises :class:`UserError` when that cannot be."""
@@ -131,6 +134,13 @@ class _Visit:
         with section("disk"):
             audit_log = AuditLog(self.folder, durable=self.durable)
             audit_log.write(event, site=self.site, kind=self.kind, **about, **values)
+
+    def trace(self, event: str, seconds: float, error: str) -> None:
+        """Make a span of the instruction, where the site asks for spans."""
+        job = self.job
+        about: dict[str, Any] = {"run": job.run, "round": job.round} if job is not None else {}
+        span = tracing.begin(f"fedgraft.{self.kind}", seconds_ago=seconds, site=self.site, kind=self.kind, **about)
+        tracing.end(span, error, event=event)
 
 
 class SiteClient:
@@ -201,7 +211,9 @@ class SiteClient:
         if isinstance(content, Exception):
             event, told, content = "refused", self._reason(content, visit), self._refusal(content, visit)
         try:
-            visit.log(event, **told)
+            seconds = round(time.monotonic() - visit.began, 3)
+            visit.log(event, seconds=seconds, **told)
+            visit.trace(event, seconds, str(told.get("why", "")))
         except Exception as error:
             log.error("site %s: %s", visit.site, one_line(error))
             content = self._refusal(error, visit)

@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.watching import logs
 from ..privacy.journal import Journal
 
 #: Its name in the site's folder.
 FILE = "audit.jsonl"
+#: What of a line the log is told too: no numbers about the people of the site.
+_LOGGED = ("site", "kind", "run", "round", "job", "dataset", "why", "rule", "did", "code", "bytes", "seconds")
 
 
 def audit_journal(path: Path, *, durable: bool = True) -> Journal:
@@ -34,3 +37,4 @@ class AuditLog:
         if self._journal is not None:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._journal.append({"time": time, "event": event, **values})
+            logs.event("audit", event, **{key: values[key] for key in _LOGGED if key in values})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from flwr.serverapp import Grid, ServerApp
 from ..core.config import RunConfig, config_from_json, load_config
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
+from ..core.watching import logs
 from ..deployment.kits import SERVER_KIT as KIT
 from .onlooker import NOBODY, Onlooker
 from .prompt import prompt
 from .rounds import Federation, Registered
 from .rundir import RunDirectory
+from .watching.watched import watched
 
 
 def run_on(
@@ -36,7 +39,10 @@ def run_on(
 
     ``registered``: the site that a node's key stands for, where nodes have keys.
     """
-    with RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir:
+    with (
+        RunDirectory.open(output) if resume else RunDirectory.create(output) as rundir,
+        watched(rundir.path, watch) as watch,
+    ):
         run = Federation(
             prompt(grid),
             config,
@@ -71,16 +77,17 @@ def main(grid: Grid, context: Context) -> None:
     ``output``, or ``resume``, is the run directory: where `fedgraft server start` runs the server, a name among the
     runs of its kit.
     """
+    watch = SILENT if logs.begin(sys.stdout) else Spoken()
     settings = {key: str(context.run_config.get(key, "")) for key in ("job", "config", "set", "output", "resume")}
     try:
-        _run(grid, settings, os.environ.get(KIT, ""))
+        _run(grid, settings, os.environ.get(KIT, ""), watch)
     except UserError as error:
         # Flower marks the run as failed by the exception; the line above its traceback is for people.
         print(f"fedgraft: {error}", flush=True)
         raise
 
 
-def _run(grid: Grid, settings: Mapping[str, str], kit: str) -> None:
+def _run(grid: Grid, settings: Mapping[str, str], kit: str, watch: Watch) -> None:
     if not (settings["config"] or settings["job"]) or not (settings["output"] or settings["resume"]):
         raise UserError("give config=FILE and output=FOLDER (or resume=FOLDER) in the run configuration")
     if settings["job"]:
@@ -100,7 +107,7 @@ def _run(grid: Grid, settings: Mapping[str, str], kit: str) -> None:
         folder = Path(kit) / "runs" / folder
         registered = registered_in(Path(kit) / "state" / "nodes.json")
     resume = bool(settings["resume"])
-    run_on(grid, config, folder, engine="flower", resume=resume, watch=Spoken(), registered=registered)
+    run_on(grid, config, folder, engine="flower", resume=resume, watch=watch, registered=registered)
 
 
 def registered_in(path: Path) -> Registered:

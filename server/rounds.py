@@ -431,6 +431,7 @@ class Federation:
         self._log(line | self.onlooker.of_phase(self.strategy.phase, self.strategy.state))
 
     def _log(self, line: dict[str, Any]) -> None:
+        line = {**line, "time": now()}
         with section("disk"):
             self.rundir.append_metrics(line)
         self._tally.add(line)

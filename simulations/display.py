@@ -11,18 +11,10 @@ from rich.text import Text
 
 from ..core.config import RunConfig
 from ..core.progress import Watch
+from ..core.watching.screen import size
 
 #: More sites than these are not all in the table at the end, but so many of the best and of the worst.
 _ROWS, _ENDS = 30, 5
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def percent(value: float | None) -> str:

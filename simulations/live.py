@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +16,8 @@ from rich.text import Text
 
 from ..core.config import RunConfig
 from ..core.progress import Watch
-from .display import phase_line, size
+from ..core.watching.screen import clock, size
+from .display import phase_line
 
 #: Times a second that the terminal is drawn anew: an event of the run only notes what is to be shown.
 _REFRESH = 4
@@ -200,12 +200,12 @@ class Live(Watch):
             row.add_column(no_wrap=True)
         left = self._plan.seconds_left(self._fraction)
         started = bool(self._plan.total)
-        times = f"{_clock(time.monotonic() - self._began)}, {'–' if left is None else _clock(left)} left"
+        times = f"{clock(time.monotonic() - self._began)}, {'–' if left is None else clock(left)} left"
         row.add_row(
             Text(f"{self._where} · {size(self._bytes)}" if started else self._where),
             ProgressBar(total=1.0, completed=self.done, pulse=not started),
             Text(f"{100 * self.done:3.0f} %" if started else ""),
-            Text(times if started else _clock(time.monotonic() - self._began)),
+            Text(times if started else clock(time.monotonic() - self._began)),
         )
         return row
 
@@ -235,7 +235,3 @@ class Live(Watch):
         if len(active) > _ACTIVE:
             lines.append(f"  and {len(active) - _ACTIVE:,} more at work")
         return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ...core.errors import UserError
+from ...core.watching.logs import LogFormat, speaker
+from ...core.watching.options import LogForm, MetricsAddress, MetricsPort
+from ...core.watching.prometheus import ADDRESS, endpoint
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 app = typer.Typer(help="Take part in a federation, from the folder of the site's kit.", no_args_is_help=True)
 _Kit = Annotated[Path, typer.Option("--kit", help="The folder of the site's kit.")]
@@ -36,12 +43,27 @@ def init(
 
 
 @app.command()
-def start(kit: _Kit = _HERE) -> None:
+def start(
+    kit: _Kit = _HERE,
+    metrics_port: MetricsPort = 0,
+    metrics_address: MetricsAddress = ADDRESS,
+    log_format: LogForm = LogFormat.text,
+) -> None:
     """Take part until Ctrl-C."""
     from ...deployment.kits import SiteKit
+    from ..watching.snapshot import SiteReader
     from .supernode import start as take_part
 
-    take_part(SiteKit.open(kit), lambda line: print(line, flush=True))
+    opened = SiteKit.open(kit)
+    reader = SiteReader(opened)
+
+    def collect() -> Iterable[Metric]:
+        from ..watching.prometheus import site_metrics
+
+        return site_metrics(reader.look())
+
+    with endpoint(metrics_port, metrics_address, collect):
+        take_part(opened, speaker("supernode", log_format))
 
 
 @app.command()

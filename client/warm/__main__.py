@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ...core.errors import UserError
+from ...core.watching import logs
 from .worker import Options, serve
 
 
@@ -25,7 +26,8 @@ def main(
     poll: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks for a task.")] = 0.1,
 ) -> None:
     """Answer a SuperNode's tasks with this installation of fedgraft, kept warm. docs/site-worker.md says how."""
-    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
+    if not logs.begin(sys.stderr):
+        logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(Options(folder, runtime_api_address, superexec_auth_secret_file, root_certificates, deadline, poll))

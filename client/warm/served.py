@@ -17,6 +17,7 @@ from flwr.proto.message_pb2 import Message as PackedMessage
 from flwr.supercore.task_identity import TaskIdentity
 
 from ...core.errors import UserError, one_line
+from ...core.watching import logs
 from ...core.wire import encode_refusal
 from ..auditlog import AuditLog
 from ..installed import installed_digest
@@ -66,7 +67,8 @@ def _ends_with_the_worker() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+    if not logs.begin(sys.stderr):
+        logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
     threading.Thread(target=_ends_with_the_worker, daemon=True).start()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)

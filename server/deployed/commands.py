@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from ...core.watching.logs import LogFormat, speaker
+from ...core.watching.options import LogForm, MetricsAddress, MetricsPort
+from ...core.watching.prometheus import ADDRESS, endpoint
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 server = typer.Typer(help="Run the server of a federation, from the folder of its kit.", no_args_is_help=True)
 job = typer.Typer(help="Submit jobs and follow them, on the server's machine.", no_args_is_help=True)
@@ -18,12 +26,27 @@ _HERE = Path()
 
 
 @server.command()
-def start(kit: _Kit = _HERE) -> None:
+def start(
+    kit: _Kit = _HERE,
+    metrics_port: MetricsPort = 0,
+    metrics_address: MetricsAddress = ADDRESS,
+    log_format: LogForm = LogFormat.text,
+) -> None:
     """Serve until Ctrl-C. The roster is read anew when it changes."""
     from ...deployment.kits import ServerKit
+    from ..watching.deployment import KitReader
     from .serving import serve
 
-    serve(ServerKit.open(kit), lambda line: print(line, flush=True))
+    opened = ServerKit.open(kit)
+    reader = KitReader(opened)
+
+    def collect() -> Iterable[Metric]:
+        from ..watching.prometheus import kit_metrics
+
+        return kit_metrics(reader.look())
+
+    with endpoint(metrics_port, metrics_address, collect):
+        serve(opened, speaker("server", log_format))
 
 
 @job.command()
