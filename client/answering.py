@@ -35,6 +35,7 @@ from ..core.wire import (
     encode_refusal,
     record_of,
 )
+from ..privacy.auditlog import AuditLog
 from ..privacy.clipping import require_exact
 from ..privacy.correlated import CorrelatedNoise, seeded_key_not_private, site_key
 from ..privacy.ledger import OverspentError
@@ -43,7 +44,6 @@ from ..privacy.plan import PrivacyPlan
 from ..privacy.release import noised
 from ..privacy.securesum import SecureSite, Terms
 from ..strategies import LocalRule, Training, create_aggregator
-from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
 from .cohort import Cohort
 from .data import SiteData

@@ -264,19 +264,19 @@ class Policy:
     # What a job may not do
 
     def dataset_of(self, config: RunConfig, site: str, chosen: str = "") -> Dataset:
-        """The dataset that a job trains on: ``chosen`` by the site, else the only one, else what the job names.
+        """The dataset that a job trains on: ``chosen`` by the site, else what the job names, else the only one.
 
         Raises :class:`PolicyError`.
         """
-        if len(self.datasets) == 1 and not chosen:
-            return self.datasets[0]
         entry = config.site(site)
-        asked = entry.path if entry is not None else ""
+        asked = chosen or (entry.dataset if entry is not None else "")
+        if not asked and len(self.datasets) == 1:
+            return self.datasets[0]
         for dataset in self.datasets:
-            if dataset.name == (chosen or asked):
+            if dataset.name == asked:
                 return dataset
-        mend = 'give dataset="NAME" in the node configuration, or a NAME as path in data.sites'
-        raise PolicyError(f"no dataset is called `{chosen or asked}`; {mend}", self.rule("dataset"))
+        mend = 'the site gives dataset="NAME" in its node configuration, or the job in its entry of data.sites'
+        raise PolicyError(f"no dataset is called `{asked}`; {mend}", self.rule("dataset"))
 
     def objections(self, config: RunConfig, fingerprint: str, dataset: Dataset) -> Iterator[PolicyError]:
         """Everything that forbids the job ``config`` with the base model ``fingerprint``, before anything is read."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..core.errors import UserError
 from .accounting import require_known
+from .auditlog import FILE as AUDIT_LOG
 from .journal import DamagedError, Journal
 from .ledger import Entry, Ledger, ledger_file
 
@@ -57,6 +58,8 @@ def show(
         print(json.dumps({"ledgers": [_as_json(account, delta, neighbours) for account in accounts]}))
         return
     console = Console()
+    if not accounts:
+        console.print(f"{path}: nothing was spent", soft_wrap=True, highlight=False)
     for account in accounts:
         told = _as_json(account, delta, neighbours)
         table = Table("run", "round", "part", "noise", "rate", "steps", "outcome", title=_title(account))
@@ -125,9 +128,9 @@ def _places(path: Path) -> list[Path]:
 
 
 def _site_folders(path: Path) -> list[Path]:
-    """``path`` itself when it is a site's folder; the sites of a run directory."""
+    """``path`` itself when it is a site's folder, which may have refused all so far; the sites of a run directory."""
     folders = [path, *sorted(path.glob("sites/*"))]
-    return [folder for folder in folders if (folder / _FOLDER).is_dir()]
+    return [folder for folder in folders if (folder / _FOLDER).is_dir() or (folder / AUDIT_LOG).is_file()]
 
 
 def _files(path: Path) -> list[tuple[Path, bool]]:

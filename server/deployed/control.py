@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from ...core.errors import UserError
 from ...deployment.kits import ServerKit
 
+#: How Flower's lines begin, in colour or not.
+_FLOWERS = re.compile(r"(\x1b\[[0-9;]*m)*INFO(\x1b\[[0-9;]*m)*\s*:")
+
 
 @dataclass(frozen=True)
 class Node:
@@ -46,6 +50,16 @@ class Run:
     details: str
     began: str
     ended: str
+
+
+def job_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of ``texts``, wherever those were cut, each with its end; what Flower says as INFO is left out."""
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from (f"{line}\n" for line in lines if not _FLOWERS.match(line))
+    if rest and not _FLOWERS.match(rest):
+        yield rest
 
 
 class Control:
@@ -110,7 +124,10 @@ class Control:
             raise UserError(f"run {run} could not be stopped; is it over?")
 
     def logs(self, run: int, *, follow: bool) -> Iterator[str]:
-        """What a run's ServerApp has said; with ``follow``, until it is over."""
+        """The lines of a run's ServerApp, without Flower's own INFO; with ``follow``, until it is over."""
+        return job_lines(self._logs(run, follow=follow))
+
+    def _logs(self, run: int, *, follow: bool) -> Iterator[str]:
         with self._errors():
             for answer in self._client.StreamLogs(StreamLogsRequest(run_id=run, after_timestamp=0.0)):
                 yield answer.log_output

@@ -1,4 +1,4 @@
-"""The site's own account of every decision and of everything that left: lines that hang together by their hashes."""
+"""An account of every decision, kept by who decides: lines that hang together by their hashes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..privacy.journal import Journal
+from .journal import Journal
 
-#: Its name in the site's folder.
+#: Its name in the folder of a site, or of a server's state.
 FILE = "audit.jsonl"
 
 
@@ -24,7 +24,7 @@ def audit_journal(path: Path, *, durable: bool = True) -> Journal:
 
 
 class AuditLog:
-    """``audit.jsonl`` in the site's ``folder``; ``None`` keeps none (for tests)."""
+    """``audit.jsonl`` in ``folder``; ``None`` keeps none (for tests)."""
 
     def __init__(self, folder: Path | None, *, durable: bool = True) -> None:
         self._journal = audit_journal(folder / FILE, durable=durable) if folder is not None else None
