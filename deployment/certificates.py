@@ -79,7 +79,12 @@ def load_public(pem: str) -> ec.EllipticCurvePublicKey:
 
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     """SHA-256 of the public key, as people compare it over the telephone: ``ab12-cd34-...`` (64 digits)."""
-    digest = hashlib.sha256(public_pem(key).encode()).hexdigest()
+    return pem_fingerprint(public_pem(key))
+
+
+def pem_fingerprint(pem: str | bytes) -> str:
+    """The same for what says that it is a public key as PEM."""
+    digest = hashlib.sha256(pem.encode() if isinstance(pem, str) else pem).hexdigest()
     return "-".join(digest[at : at + 8] for at in range(0, len(digest), 8))
 
 

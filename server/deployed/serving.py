@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...core.errors import UserError
-from ...deployment.certificates import SOON, day, now
+from ...deployment.certificates import SOON, day, now, pem_fingerprint
 from ...deployment.files import private_folder, write
 from ...deployment.kits import SERVER_KIT, ServerKit
 from ...deployment.processes import end, ended_on_signals, environment, last_words, launch, require_free
 from ...deployment.reach import reach
 from ...deployment.roster import Member
+from ...privacy.auditlog import AuditLog
 from .control import Control
 
 _POLL = 0.2
@@ -102,17 +103,24 @@ def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: in
 def reconcile(kit: ServerKit, control: Control) -> list[str]:
     """Have the SuperLink know exactly the roster's members whose certificates have not ended; returns what changed.
 
-    Also writes down which node is which site, for the jobs.
+    Also writes down which node is which site, for the jobs. What is about to change is in the audit log first.
     """
-    wanted: dict[str, Member] = {member.public_key: member for member in kit.roster().current()}
+    members = kit.roster()
+    wanted: dict[str, Member] = {member.public_key: member for member in members.current()}
+    audit_log = AuditLog(kit.state)
     said, nodes = [], {}
     for node in control.nodes():
         if node.public_key in wanted and wanted[node.public_key].name == node.name:
             nodes[node.id] = wanted.pop(node.public_key).name
             continue
+        ended = any(member.public_key == node.public_key and member.name == node.name for member in members.members)
+        why = "its certificate has ended" if ended else "its key is not on the roster"
+        audit_log.write("unregistered", site=node.name, key=pem_fingerprint(node.public_key), why=why)
         control.unregister(node.id)
-        said.append(f"{node.name}: refused from now on; its key is not on the roster, or its certificate has ended")
+        said.append(f"{node.name}: refused from now on; {why}")
     for key, member in wanted.items():
+        until = member.until.isoformat()
+        audit_log.write("registered", site=member.name, key=pem_fingerprint(key), until=until, roster=members.number)
         nodes[control.register(member.name, key)] = member.name
         said.append(f"{member.name}: may connect; its certificate expires {day(member.until)}")
     text = json.dumps({str(node): name for node, name in sorted(nodes.items())})

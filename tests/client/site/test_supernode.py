@@ -14,6 +14,7 @@ from fedgraft.client.site.trust import write_roster
 from fedgraft.core.errors import UserError
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import SiteKit
+from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.privacy.securesum.identity import load_roster, load_signing_key, sign
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
@@ -92,3 +93,7 @@ def test_a_site_that_is_ready_is_let_through_and_one_that_is_not_starts_nothing(
     with pytest.raises(UserError, match="chmod 600"):
         supernode.start(kit, print)
     assert started == []
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["site"], line["kind"]) for line in log] == [("refused", "east", "start")] * 4
+    for line, why in zip(log, ("clock is 3600 s behind", "policy.toml", "does not list", "chmod 600"), strict=True):
+        assert why in line["why"] and "\n" not in line["why"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from flwr.common.config import get_fab_config
 from fedgraft.client.site.keys import make_key
 from fedgraft.core.config import RunConfig, config_from_json
 from fedgraft.core.errors import UserError
+from fedgraft.deployment import certificates, roster
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import ServerKit
+from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.server.deployed import jobs
 from fedgraft.server.deployed.control import Control, Run
 from fedgraft.server.deployed.serving import reconcile
@@ -30,6 +33,7 @@ class Link:
         self.listed = runs or []
         self.known: dict[int, Any] = {}
         self.sent: list[Any] = []
+        self.stopped: list[int] = []
 
     def runs(self) -> list[Run]:
         return self.listed
@@ -37,6 +41,9 @@ class Link:
     def submit(self, bundle: Any, settings: dict[str, str]) -> int:
         self.sent.append((bundle, settings))
         return len(self.sent)
+
+    def stop(self, run: int) -> None:
+        self.stopped.append(run)
 
     def nodes(self) -> list[Any]:
         return list(self.known.values())
@@ -93,6 +100,30 @@ def test_a_job_gets_a_name_and_starts(kit: ServerKit, config: RunConfig) -> None
     assert name.startswith("tiny-20")
     assert link.sent[0][1] == {"output": name}
     assert jobs.submit(kit, link, config, "second")[0] == "second"  # type: ignore[arg-type]
+    link.listed.append(Run(2, "second", "running", "", "", ""))
+    assert jobs.stop(kit, link, "second").id == 2 and link.stopped == [2]  # type: ignore[arg-type]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["run"]) for line in log] == [
+        ("submitted", name),
+        ("submitted", "second"),
+        ("stopped", "second"),
+    ]
+    assert (log[0]["job"], log[0]["sites"]) == (config.digest(), ["east", "north"])
+    assert log[0]["bundle"] == link.sent[0][0].hash_str
+
+
+def test_what_the_audit_log_cannot_hold_is_not_done(kit: ServerKit, config: RunConfig) -> None:
+    link: Any = Link([Run(2, "second", "running", "", "", "")])
+    link.register("stranger", "a key that nobody signed")
+    (kit.state / "audit.jsonl").mkdir()
+    for act in (
+        lambda: jobs.submit(kit, link, config),
+        lambda: jobs.stop(kit, link, "second"),
+        lambda: reconcile(kit, link),
+    ):
+        with pytest.raises(UserError, match="the audit log cannot be written"):
+            act()
+    assert link.sent == [] and link.stopped == [] and [node.name for node in link.nodes()] == ["stranger"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", "-x", "x" * 101])
@@ -185,6 +216,27 @@ def test_the_superlink_knows_the_roster_and_nobody_else(kit: ServerKit, authorit
     authority.revoke("east")
     assert [line.split(":")[0] for line in reconcile(kit, link)] == ["east"]
     assert list(json.loads(kit.nodes.read_text()).values()) == ["north"]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line.get("site")) for line in log] == [
+        ("unregistered", "stranger"),
+        ("registered", "east"),
+        ("registered", "north"),
+        ("unregistered", "east"),
+    ]
+    assert (log[3]["why"], log[3]["key"]) == ("its key is not on the roster", log[1]["key"])
+
+
+def test_a_site_whose_certificate_ends_is_registered_no_more(
+    kit: ServerKit, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link: Any = Link()
+    reconcile(kit, link)
+    monkeypatch.setattr(roster, "now", lambda: certificates.now() + timedelta(days=366))
+    said = reconcile(kit, link)
+    assert link.nodes() == [] and json.loads(kit.nodes.read_text()) == {}
+    assert said == [f"{name}: refused from now on; its certificate has ended" for name in ("east", "north")]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["why"]) for line in log[2:]] == [("unregistered", "its certificate has ended")] * 2
 
 
 def test_a_key_registered_under_another_s_name_is_put_right(kit: ServerKit) -> None:
