@@ -114,6 +114,12 @@ class Authority:
             )
         if any(public == entry.public_key for other, entry in self.sites.items() if other != name):
             raise UserError(f"{path}: this key stands for another site already; each site makes its own")
+        if before is not None and before.public_key == public and before.ends < certificates.now():
+            raise UserError(
+                f"{path}: the certificate of site {name} ended on {certificates.day(before.ends)}, and a server that "
+                f"let its key go takes it no more; first: fedgraft provision rotate {name}, and the site runs: "
+                "fedgraft site init --new-key"
+            )
         if before is not None and before.public_key != public:
             if before.state != "awaits a new key":
                 why = "is revoked" if before.state == "revoked" else "has another key already"

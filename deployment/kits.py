@@ -21,6 +21,7 @@ SERVER_KIT = "FEDGRAFT_SERVER_KIT"
 _ASK = "ask the coordinator for this site's kit"
 _SEND = "send site.csr to the coordinator and put the site.crt that comes back here"
 _INIT = "run: fedgraft site init"
+_ENDED = "run fedgraft site init --new-key and send site.csr; the coordinator runs before: fedgraft provision rotate"
 _ROTATE = "the coordinator runs: fedgraft provision rotate server"
 
 
@@ -150,9 +151,7 @@ class SiteKit:
                 self.next_key.replace(self.key)
                 key = following
         _require_pair(key, certificate, crt, _SEND)
-        certificates.require_current(
-            certificate, crt, "send site.csr again; the coordinator signs it once more, and a new site.crt comes back"
-        )
+        certificates.require_current(certificate, crt, _ENDED)
         return key, certificate
 
     def roster(self) -> Roster:

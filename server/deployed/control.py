@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import click
 from flwr.cli.utils import flwr_cli_exc_handler
+from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -62,6 +63,10 @@ def job_lines(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
+class TakenError(UserError):
+    """A key that the SuperLink had let go before: it takes no key twice."""
+
+
 class Control:
     """The control interface of the SuperLink on this machine."""
 
@@ -85,9 +90,17 @@ class Control:
         return [Node(n.node_id, n.name, n.public_key.decode(), n.status) for n in found if n.status != "unregistered"]
 
     def register(self, name: str, public_key: str) -> int:
-        """Let the site with this key connect; returns Flower's number for it."""
-        with self._errors():
-            return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key.encode(), name=name)).node_id
+        """Let the site with this key connect; returns Flower's number for it. Raises :class:`TakenError`."""
+        try:
+            with self._errors():
+                return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key.encode(), name=name)).node_id
+        except UserError as error:
+            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
+                raise
+            raise TakenError(
+                f"{name}: its key was let go before, and Flower takes none twice; run: fedgraft provision rotate "
+                f"{name}, and at the site: fedgraft site init --new-key"
+            ) from None
 
     def unregister(self, node: int) -> None:
         """Let the site connect no more."""

@@ -17,7 +17,7 @@ from ...deployment.processes import end, ended_on_signals, environment, last_wor
 from ...deployment.reach import reach
 from ...deployment.roster import Member
 from ...privacy.auditlog import AuditLog
-from .control import Control
+from .control import Control, TakenError
 
 _POLL = 0.2
 _ROSTER_POLL = 2.0
@@ -82,13 +82,14 @@ def _require_alive(process: subprocess.Popen[bytes], log: Path, begun: int) -> N
 
 def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int, say: Callable[[str], None]) -> None:
     control, told, due = Control(kit), "", 0.0
+    taken: set[str] = set()
     try:
         while True:
             _require_alive(process, log, begun)
             if time.monotonic() >= due:
                 due = time.monotonic() + _ROSTER_POLL
                 try:
-                    for line in reconcile(kit, control):
+                    for line in reconcile(kit, control, taken):
                         say(line)
                     told = ""
                 except UserError as error:
@@ -100,9 +101,10 @@ def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: in
         control.close()
 
 
-def reconcile(kit: ServerKit, control: Control) -> list[str]:
+def reconcile(kit: ServerKit, control: Control, taken: set[str]) -> list[str]:
     """Have the SuperLink know exactly the roster's members whose certificates have not ended; returns what changed.
 
+    ``taken``: keys that the SuperLink does not take a second time, to which such a key is added.
     Also writes down which node is which site, for the jobs. What is about to change is in the audit log first.
     """
     members = kit.roster()
@@ -119,9 +121,16 @@ def reconcile(kit: ServerKit, control: Control) -> list[str]:
         control.unregister(node.id)
         said.append(f"{node.name}: refused from now on; {why}")
     for key, member in wanted.items():
+        if key in taken:
+            continue
         until = member.until.isoformat()
         audit_log.write("registered", site=member.name, key=pem_fingerprint(key), until=until, roster=members.number)
-        nodes[control.register(member.name, key)] = member.name
+        try:
+            nodes[control.register(member.name, key)] = member.name
+        except TakenError as error:
+            taken.add(key)
+            said.append(str(error))
+            continue
         said.append(f"{member.name}: may connect; its certificate expires {day(member.until)}")
     text = json.dumps({str(node): name for node, name in sorted(nodes.items())})
     if not kit.nodes.is_file() or kit.nodes.read_text(encoding="utf-8") != text:

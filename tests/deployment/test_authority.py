@@ -110,6 +110,21 @@ def test_signing_the_same_key_again_renews_its_certificate(signed: Authority, mo
     SiteKit.open(_site(signed)).identity()
 
 
+def test_a_key_whose_certificate_has_ended_is_not_signed_again_but_a_new_one_is(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = certificates.now() + timedelta(days=366)
+    monkeypatch.setattr(certificates, "now", lambda: at)
+    with pytest.raises(UserError, match=r"the certificate of site east ended on .*; first: fedgraft provision rotate"):
+        signed.sign(_site(signed) / "site.csr")
+    with pytest.raises(UserError, match=r"site.crt: expired on .*; run fedgraft site init --new-key"):
+        SiteKit.open(_site(signed)).identity()
+    signed.rotate("east")
+    make_key(_site(signed), new_key=True)
+    signed.sign(_site(signed) / "site.csr")
+    SiteKit.open(_site(signed)).identity()
+
+
 def test_a_site_rotates_its_key_and_the_old_one_is_never_taken_again(signed: Authority) -> None:
     kit, old = _site(signed), (_site(signed) / "site.key").read_bytes()
     shutil.copy(kit / "site.csr", kit / "old.csr")

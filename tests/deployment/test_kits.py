@@ -62,7 +62,10 @@ def test_what_others_may_read_does_not_open(signed: Authority, kit: str, file: s
 
 @pytest.mark.parametrize(
     ("kit", "mend"),
-    [("sites/east", "the coordinator signs it once more"), ("server", "fedgraft provision rotate server")],
+    [
+        ("sites/east", "fedgraft site init --new-key"),
+        ("server", "fedgraft provision rotate server"),
+    ],
 )
 def test_an_expired_certificate_does_not_open(
     signed: Authority, kit: str, mend: str, monkeypatch: pytest.MonkeyPatch
