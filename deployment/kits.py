@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..core.config import Section
 from ..core.errors import UserError
 from . import certificates
 from .federation import Server, read_toml
-from .files import read, require_private
+from .files import PRIVATE_FILE, read, require_private, write
 from .roster import Roster, read_roster
 
 #: The environment variable by which the ServerApp finds the folder of the server's kit.
@@ -70,7 +71,7 @@ class ServerKit:
 
     def roster(self) -> Roster:
         """The sites that may take part, as the file says now. Raises :class:`UserError`."""
-        return _roster(self.folder, self.authority, self.settings.federation)
+        return _roster(self.folder, self.authority, self.settings.federation, self.state)
 
     @property
     def own_address(self) -> str:
@@ -156,7 +157,7 @@ class SiteKit:
 
     def roster(self) -> Roster:
         """Who takes part, as the coordinator last told this site. Raises :class:`UserError`."""
-        return _roster(self.folder, self.authority, self.settings.federation)
+        return _roster(self.folder, self.authority, self.settings.federation, self.state)
 
     def require_member(self) -> Roster:
         """The roster, once it was found to list this site's key. Raises :class:`UserError`."""
@@ -186,12 +187,33 @@ def _authority(folder: Path, mend: str) -> x509.Certificate:
     return certificate
 
 
-def _roster(folder: Path, authority: x509.Certificate, federation: str) -> Roster:
+def _roster(folder: Path, authority: x509.Certificate, federation: str, state: Path) -> Roster:
     path = folder / "roster.json"
     found = read_roster(path, authority)
     if found.federation != federation:
         raise UserError(f"{path}: is of the federation {found.federation}, not of {federation}")
+    if state.is_dir():
+        _require_newest(path, found.number, authority, state / "roster-number.json")
     return found
+
+
+def _require_newest(path: Path, number: int, authority: x509.Certificate, memory: Path) -> None:
+    """Raise :class:`UserError` for a roster before one that was in force here, on which a revoked site may stand."""
+    signer = certificates.key_fingerprint(certificates.public_of(authority))
+    try:
+        before = json.loads(memory.read_bytes())
+        last = before["number"] if before["authority"] == signer else -1
+    except FileNotFoundError:
+        last = -1
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{memory}: cannot be read; remove it once {path} is known to be the newest") from None
+    if number < last:
+        raise UserError(
+            f"{path}: is number {number}, and number {last} was in force here already; put the newest there (remove "
+            f"{memory} if the coordinator went back to a backup)"
+        )
+    if number > last:
+        write(memory, json.dumps({"authority": signer, "number": number}), PRIVATE_FILE)
 
 
 def _text(path: Path, what: str, mend: str) -> str:

@@ -27,8 +27,8 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from ...core.errors import UserError
 from ...deployment.kits import ServerKit
 
-#: How Flower's lines begin, in colour or not.
-_FLOWERS = re.compile(r"(\x1b\[[0-9;]*m)*INFO(\x1b\[[0-9;]*m)*\s*:")
+#: How Flower's own lines begin, in colour or not.
+_FLOWERS = re.compile(r"(\x1b\[[0-9;]*m)*(INFO\s*(\x1b\[[0-9;]*m)*\s*:|Successfully installed fedgraft-job )")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
 
 
 def job_lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of ``texts``, wherever those were cut, each with its end; what Flower says as INFO is left out."""
+    """The lines of ``texts``, wherever those were cut, each with its end; what Flower says of itself is left out."""
     rest = ""
     for text in texts:
         *lines, rest = (rest + text).split("\n")

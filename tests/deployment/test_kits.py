@@ -93,3 +93,26 @@ def test_files_of_another_site_or_another_federation_do_not_open(
         shutil.copy(other / file, signed.kits / "server" / file)
         with pytest.raises(UserError, match=r"was not signed|is not the certificate of the key"):
             _open(signed.kits / "server")
+
+
+@pytest.mark.parametrize("kit", ["server", "sites/north"])
+def test_a_roster_from_before_is_not_taken_for_the_newest(
+    signed: Authority, found: Callable[..., Authority], kit: str
+) -> None:
+    folder = signed.kits / kit
+    opened = ServerKit.open(folder) if kit == "server" else SiteKit.open(folder)
+    opened.state.mkdir(exist_ok=True)
+    old = (folder / "roster.json").read_bytes()
+    assert opened.roster().member("east") is not None
+    signed.revoke("east")
+    assert opened.roster().member("east") is None
+    (folder / "roster.json").write_bytes(old)
+    with pytest.raises(UserError, match=r"roster.json: is number 2, and number 3 was in force here already"):
+        opened.roster()
+    memory = opened.state / "roster-number.json"
+    assert memory.stat().st_mode & 0o777 == 0o600
+    memory.write_text("[]")
+    with pytest.raises(UserError, match=r"roster-number.json: cannot be read; remove it once"):
+        opened.roster()
+    memory.unlink()
+    opened.roster()
