@@ -192,28 +192,40 @@ def _roster(folder: Path, authority: x509.Certificate, federation: str, state: P
     found = read_roster(path, authority)
     if found.federation != federation:
         raise UserError(f"{path}: is of the federation {found.federation}, not of {federation}")
-    if state.is_dir():
-        _require_newest(path, found.number, authority, state / "roster-number.json")
+    last = _number_in_force(authority, _memory(state))
+    if found.number < last:
+        # A site that was revoked since may stand on it.
+        raise UserError(
+            f"{path}: is number {found.number}, and number {last} was in force here already; put the newest there "
+            f"(remove {_memory(state)} if the coordinator went back to a backup)"
+        )
     return found
 
 
-def _require_newest(path: Path, number: int, authority: x509.Certificate, memory: Path) -> None:
-    """Raise :class:`UserError` for a roster before one that was in force here, on which a revoked site may stand."""
-    signer = certificates.key_fingerprint(certificates.public_of(authority))
+def remember_roster(kit: ServerKit | SiteKit, found: Roster) -> None:
+    """Write down that ``found`` was in force, so that no earlier one is again. Raises :class:`UserError`."""
+    if found.number > _number_in_force(kit.authority, _memory(kit.state)):
+        known = {"authority": _signer(kit.authority), "number": found.number}
+        write(_memory(kit.state), json.dumps(known), PRIVATE_FILE)
+
+
+def _memory(state: Path) -> Path:
+    return state / "roster-number.json"
+
+
+def _number_in_force(authority: x509.Certificate, memory: Path) -> int:
+    """The number of the newest roster of ``authority`` that was in force here; -1 where none was."""
     try:
         before = json.loads(memory.read_bytes())
-        last = before["number"] if before["authority"] == signer else -1
+        return int(before["number"]) if before["authority"] == _signer(authority) else -1
     except FileNotFoundError:
-        last = -1
+        return -1
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{memory}: cannot be read; remove it once {path} is known to be the newest") from None
-    if number < last:
-        raise UserError(
-            f"{path}: is number {number}, and number {last} was in force here already; put the newest there (remove "
-            f"{memory} if the coordinator went back to a backup)"
-        )
-    if number > last:
-        write(memory, json.dumps({"authority": signer, "number": number}), PRIVATE_FILE)
+        raise UserError(f"{memory}: cannot be read; remove it once roster.json is known to be the newest") from None
+
+
+def _signer(authority: x509.Certificate) -> str:
+    return certificates.key_fingerprint(certificates.public_of(authority))
 
 
 def _text(path: Path, what: str, mend: str) -> str:

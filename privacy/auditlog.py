@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal
+from .journal import DamagedError, Journal
+from .ledger import ledger_file
 
 #: Its name in the folder of a site, or of a server's state.
 FILE = "audit.jsonl"
+#: The folder beside it in which a site's ledgers lie.
+LEDGERS = "ledgers"
 
 
 def audit_journal(path: Path, *, durable: bool = True) -> Journal:
@@ -34,3 +37,18 @@ class AuditLog:
         if self._journal is not None:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._journal.append({"time": time, "event": event, **values})
+
+
+def require_ledger_of_audit(folder: Path) -> None:
+    """Raise :class:`DamagedError` when an answer left the site under a line that its ledgers hold no longer."""
+    held = {entry["sha256"] for file in (folder / LEDGERS).glob("*.jsonl") for entry in ledger_file(file).entries()}
+    path = folder / FILE
+    for number, entry in enumerate(audit_journal(path).entries(), 1):
+        under = (entry.get("privacy") or {}).get("ledger")
+        if under and under not in held:
+            raise DamagedError(
+                path,
+                number,
+                f"says that an answer left under ledger line {under[:16]}, which {folder / LEDGERS} does not hold: "
+                "a ledger was lost or put back from an old copy, and more was spent than it says; restore the newest",
+            )

@@ -17,7 +17,7 @@ from ...deployment.files import private_folder
 from ...deployment.kits import SiteKit
 from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch
 from ...deployment.reach import reach, require_clock
-from ...privacy.auditlog import AuditLog
+from ...privacy.auditlog import AuditLog, require_ledger_of_audit
 from ..policy import load_policy
 from ..warm.command import fresh_secret, supernode_options, worker_command
 from .trust import write_roster
@@ -59,6 +59,7 @@ def require_ready(kit: SiteKit) -> x509.Certificate:
     _, certificate = kit.identity()
     kit.require_member()
     load_policy(kit.policy)
+    require_ledger_of_audit(kit.state)
     server = kit.settings.server
     require_clock(reach(server.host, server.port, kit.folder / "ca.crt"), server.address)
     return certificate

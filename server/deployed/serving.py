@@ -12,7 +12,7 @@ from pathlib import Path
 from ...core.errors import UserError
 from ...deployment.certificates import SOON, day, now, pem_fingerprint
 from ...deployment.files import private_folder, write
-from ...deployment.kits import SERVER_KIT, ServerKit
+from ...deployment.kits import SERVER_KIT, ServerKit, remember_roster
 from ...deployment.processes import end, ended_on_signals, environment, last_words, launch, require_free
 from ...deployment.reach import reach
 from ...deployment.roster import Member
@@ -108,6 +108,7 @@ def reconcile(kit: ServerKit, control: Control, taken: set[str]) -> list[str]:
     Also writes down which node is which site, for the jobs. What is about to change is in the audit log first.
     """
     members = kit.roster()
+    remember_roster(kit, members)
     wanted: dict[str, Member] = {member.public_key: member for member in members.current()}
     audit_log = AuditLog(kit.state)
     said, nodes = [], {}

@@ -21,7 +21,9 @@ from fedgraft.deployment import certificates
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import SiteKit
 from fedgraft.deployment.reach import reach
-from fedgraft.privacy.auditlog import audit_journal
+from fedgraft.privacy import Ledger
+from fedgraft.privacy.accounting import Event
+from fedgraft.privacy.auditlog import AuditLog, audit_journal
 from fedgraft.privacy.securesum.identity import load_roster, load_signing_key, sign
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
@@ -135,6 +137,30 @@ def test_a_site_whose_certificate_has_ended_starts_nothing_and_writes_it_down(
         supernode.start(kit, print)
     (line,) = audit_journal(kit.state / "audit.jsonl").entries()
     assert line["event"] == "refused" and "site.crt: expired on" in line["why"]
+
+
+def test_a_site_whose_ledgers_were_lost_or_put_back_from_a_copy_does_not_take_part(
+    kit: SiteKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernode, "launch", None)
+    ledger = Ledger(kit.state / "ledgers", "ab" * 32, dataset="letters")
+    first = ledger.reserve(Event(1.0, 0.1, 3), split="s").line
+    (file,) = (kit.state / "ledgers").glob("*.jsonl")
+    copy = file.read_bytes()
+    second = ledger.reserve(Event(1.0, 0.1, 3), split="s").line
+    for line in (first, second):
+        AuditLog(kit.state).write("left", kind="train", privacy={"ledger": line})
+    supernode.require_ready(kit)
+    file.write_bytes(copy)
+    with pytest.raises(UserError, match=r"audit.jsonl: line 2 says that an answer left .* more was spent than it says"):
+        supernode.start(kit, print)
+    file.unlink()
+    with pytest.raises(UserError, match=r"audit.jsonl: line 1 says that an answer left"):
+        supernode.start(kit, print)
+    assert [line["event"] for line in audit_journal(kit.state / "audit.jsonl").entries()] == [
+        *["left"] * 2,
+        *["refused"] * 2,
+    ]
 
 
 def test_a_server_without_tls_hears_the_beginning_of_tls_and_nothing_of_the_site(

@@ -8,7 +8,8 @@ from fedgraft.server.deployed.control import job_lines
 
 LOG = (
     "\x1b[92mINFO\x1b[0m :      Starting Flower ServerApp\nround 0 evaluate: 4.7 s\n"
-    "\x1b[92mINFO \x1b[0m:      \nSuccessfully installed fedgraft-job to /srv/kits\nINFO:flwr: no colour\n\x1b[93mWARNING\x1b[0m :   the disk is nearly full\nfedgraft: INFO is a word too\nthe end"
+    "\x1b[92mINFO \x1b[0m:      \nSuccessfully installed fedgraft-job to /srv/kits\nINFO:flwr: no colour\n"
+    "\x1b[93mWARNING\x1b[0m :   the disk is nearly full\nfedgraft: INFO is a word too\nthe end"
 )
 
 

@@ -262,3 +262,14 @@ def test_a_roster_that_another_signed_changes_nothing(kit: ServerKit, authority:
     with pytest.raises(UserError, match="was not signed by this federation's authority"):
         reconcile(kit, link, set())
     assert len(link.nodes()) == 2
+
+
+def test_a_roster_from_before_a_revocation_lets_nobody_back_in(kit: ServerKit, authority: Authority) -> None:
+    link: Any = Link()
+    old = (kit.folder / "roster.json").read_bytes()
+    authority.revoke("east")
+    reconcile(kit, link, set())
+    (kit.folder / "roster.json").write_bytes(old)
+    with pytest.raises(UserError, match=r"is number 2, and number 3 was in force here already"):
+        reconcile(kit, link, set())
+    assert [node.name for node in link.nodes()] == ["north"]
