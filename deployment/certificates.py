@@ -115,11 +115,10 @@ def server(
     return _certificate(f"{name} server", key, signer.key, signer, days, usage, limits, [names, use])
 
 
-def site(request: x509.CertificateSigningRequest, name: str, days: int, signer: Signer) -> x509.Certificate:
-    """The certificate of site ``name`` for the key of its request; nothing else of the request is taken over."""
+def site(key: ec.EllipticCurvePublicKey, name: str, days: int, signer: Signer) -> x509.Certificate:
+    """The certificate of site ``name`` for its key."""
     use = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
     limits = x509.BasicConstraints(ca=False, path_length=None)
-    key = cast(ec.EllipticCurvePublicKey, request.public_key())
     return _certificate(name, key, signer.key, signer, days, _usage(digital_signature=True), limits, [use])
 
 

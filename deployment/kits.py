@@ -183,7 +183,7 @@ def _require_pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
 def _authority(folder: Path, mend: str) -> x509.Certificate:
     path = folder / "ca.crt"
     certificate = certificates.read_certificate(path, mend)
-    certificates.require_current(certificate, path, "the coordinator provisions a new federation")
+    certificates.require_current(certificate, path, "the coordinator runs: fedgraft provision rotate authority")
     return certificate
 
 

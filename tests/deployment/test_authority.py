@@ -173,6 +173,58 @@ def test_the_server_gets_a_new_key_under_the_same_authority(signed: Authority) -
     ServerKit.open(signed.kits / "server")
 
 
+def test_a_new_authority_signs_all_anew_and_what_the_old_one_signed_is_worth_nothing(
+    signed: Authority, tmp_path: Path
+) -> None:
+    signed.revoke("north")
+    shutil.copytree(signed.kits, tmp_path / "before")
+    keys = {entry.public_key for entry in signed.sites.values()}
+    assert signed.rotate_authority() == ["east"]
+    again = Authority(signed.kits)
+    assert _members(again) == ["east"] and {entry.public_key for entry in again.sites.values()} == keys
+    ServerKit.open(signed.kits / "server")
+    kit = SiteKit.open(_site(signed))
+    kit.require_member()
+    assert (kit.folder / "site.key").read_bytes() == (tmp_path / "before/sites/east/site.key").read_bytes()
+    assert certificates.key_fingerprint(certificates.public_of(kit.authority)) in (kit.folder / "README.md").read_text()
+    for file, said in (
+        ("site.crt", "was not signed by this federation's authority"),
+        ("roster.json", "was not signed by this federation's authority"),
+    ):
+        new = (kit.folder / file).read_bytes()
+        shutil.copy(tmp_path / "before/sites/east" / file, kit.folder / file)
+        with pytest.raises(UserError, match=f"{file}: {said}"):
+            kit.require_member()
+        (kit.folder / file).write_bytes(new)
+    # Nor does who has the old ca.crt still take what the new one signed.
+    shutil.copy(kit.folder / "roster.json", tmp_path / "before/sites/east/roster.json")
+    with pytest.raises(UserError, match="was not signed by this federation's authority"):
+        SiteKit.open(tmp_path / "before/sites/east").roster()
+
+
+def test_a_new_authority_signs_no_site_whose_certificate_has_ended(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = certificates.now() + timedelta(days=366)
+    monkeypatch.setattr(certificates, "now", lambda: at)
+    assert signed.rotate_authority() == []
+
+
+def test_an_authority_that_broke_off_in_the_middle_is_made_again(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="no space left"):
+        broken.setattr(Authority, "write_kits", full)
+        signed.rotate_authority()
+    again = Authority(signed.kits)
+    assert again.rotate_authority() == ["east", "north"]
+    for name in ("east", "north"):
+        SiteKit.open(_site(again, name)).require_member()
+
+
 def test_provisioning_again_adds_sites_and_keeps_what_was_signed(
     signed: Authority, found: Callable[..., Authority]
 ) -> None:
