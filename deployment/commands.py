@@ -81,9 +81,9 @@ def rotate(
         console.print(f"authority: {_fingerprint(authority)}")
         console.print(f"  signed anew: the server's new key; the keys of {', '.join(signed) or 'no site'}")
         console.print(
-            "  stop all; put ca.crt, server.key, server.crt and roster.json into the server's kit, and ca.crt,"
+            "  stop all; hand out what is new in the kits (ca.crt, roster.json, the server's key and certificate,"
         )
-        console.print("  site.crt and roster.json into each site's; tell the fingerprint by another way; start again")
+        console.print("  each site.crt), and tell the authority's fingerprint by another way; start again")
         return
     if who == "server":
         ends = authority.rotate_server()
