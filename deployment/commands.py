@@ -80,10 +80,8 @@ def rotate(
         console = _console()
         console.print(f"authority: {_fingerprint(authority)}")
         console.print(f"  signed anew: the server's new key; the keys of {', '.join(signed) or 'no site'}")
-        console.print(
-            "  stop all; hand out what is new in the kits (ca.crt, roster.json, the server's key and certificate,"
-        )
-        console.print("  each site.crt), and tell the authority's fingerprint by another way; start again")
+        console.print("  stop all; hand out what is new in the kits: ca.crt, roster.json, server.key, server.crt,")
+        console.print("  site.crt; tell the authority's fingerprint by another way; start again")
         return
     if who == "server":
         ends = authority.rotate_server()
