@@ -574,14 +574,15 @@ class SiteClient:
         names = [tensor.name for tensor in spec.tensors if tensor.parameter and tensor.policy != "freeze"]
         trained = hashlib.sha256("|".join(names).encode()).hexdigest()[:16]
         place = (str(here.folder), here.site, name, trained)
+        if config.privacy.seeded_noise_not_private:
+            key = seeded_key_not_private(config.seed, here.site, job.run)
+        elif here.folder is None:
+            raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
+        else:
+            path = here.folder / "noise" / f"{name}.json"
+            # Also for noise that is held: the key's file knows under which plan the run was begun.
+            key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
         if plan.first_step == 0 or place not in self._noise:
-            if config.privacy.seeded_noise_not_private:
-                key = seeded_key_not_private(config.seed, here.site, job.run)
-            elif here.folder is None:
-                raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
-            else:
-                path = here.folder / "noise" / f"{name}.json"
-                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
             self._noise[place] = plan.correlated(key)
             while len(self._noise) > _NOISES:
                 self._noise.popitem(last=False)
