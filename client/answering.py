@@ -76,6 +76,13 @@ def _nobody(config: RunConfig, site: str, folder: Path | None, context: Context)
     raise UserError(f"site {site} has no signing key and no roster, which a secure sum needs")
 
 
+def _require_round(kind: Kind, job: Job, config: RunConfig) -> None:
+    """Raise :class:`UserError` for a round that the run does not have: plans and schedules know nothing of it."""
+    first, last = int(kind not in ("hello", "evaluate")), config.rounds + (kind == "hello")
+    if not first <= job.round <= last:
+        raise UserError(f"the run has no round {job.round} to {kind}: it has {config.rounds}; set rounds")
+
+
 class _StateNotHeldError(UserError):
     """The instruction builds on a global adapter that this site does not hold."""
 
@@ -224,6 +231,7 @@ class SiteClient:
         policy = self._surroundings.policy(folder, context)
         dataset = policy.dataset_of(config, site, str(context.node_config.get("dataset", "")))
         here = visit.here = _Here(site, folder, context, policy, dataset)
+        _require_round(visit.kind, job, config)
         config = own_version(config, site)
         policy.admit(config, job.fingerprint, dataset)
         decided = (str(folder), job.run, visit.digest, policy.digest, dataset.name)

@@ -211,3 +211,10 @@ def test_a_job_with_a_number_that_is_none_is_refused(key: str, bad: str, talk: C
     text = json.dumps(values).replace('"HERE"', bad)
     said, line = require_refused(talking, talking.say("train", content=plain(talking.state), config=text))
     assert leaf in said and line["why"] == said
+
+
+@pytest.mark.parametrize("round", [-1, 0, 4, 2**62])
+def test_a_round_that_the_run_does_not_have_is_refused(round: int, talk: Callable[..., Any]) -> None:
+    talking = talk()
+    said, line = require_refused(talking, talking.say("train", round, content=plain(talking.state)))
+    assert f"the run has no round {round} to train: it has 3" in said and line["why"] == said
