@@ -37,6 +37,7 @@ from ..core.wire import (
     encode_refusal,
     record_of,
 )
+from ..privacy.auditlog import AuditLog
 from ..privacy.clipping import require_exact
 from ..privacy.correlated import CorrelatedNoise, seeded_key_not_private, site_key
 from ..privacy.ledger import OverspentError
@@ -45,7 +46,6 @@ from ..privacy.plan import PrivacyPlan
 from ..privacy.release import noised
 from ..privacy.securesum import SecureSite, Terms
 from ..strategies import LocalRule, Training, create_aggregator
-from .auditlog import AuditLog
 from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
 from .cohort import Cohort
 from .data import SiteData
@@ -76,6 +76,13 @@ Course = Generator[Lesson, Trained, RecordDict]
 
 def _nobody(config: RunConfig, site: str, folder: Path | None, context: Context) -> Identity:
     raise UserError(f"site {site} has no signing key and no roster, which a secure sum needs")
+
+
+def _require_round(kind: Kind, job: Job, config: RunConfig) -> None:
+    """Raise :class:`UserError` for a round that the run does not have: plans and schedules know nothing of it."""
+    first, last = int(kind not in ("hello", "evaluate")), config.rounds + (kind == "hello")
+    if not first <= job.round <= last:
+        raise UserError(f"the run has no round {job.round} to {kind}: it has {config.rounds}; set rounds")
 
 
 class _StateNotHeldError(UserError):
@@ -236,6 +243,7 @@ class SiteClient:
         policy = self._surroundings.policy(folder, context)
         dataset = policy.dataset_of(config, site, str(context.node_config.get("dataset", "")))
         here = visit.here = _Here(site, folder, context, policy, dataset)
+        _require_round(visit.kind, job, config)
         config = own_version(config, site)
         policy.admit(config, job.fingerprint, dataset)
         decided = (str(folder), job.run, visit.digest, policy.digest, dataset.name)
@@ -586,14 +594,15 @@ class SiteClient:
         names = [tensor.name for tensor in spec.tensors if tensor.parameter and tensor.policy != "freeze"]
         trained = hashlib.sha256("|".join(names).encode()).hexdigest()[:16]
         place = (str(here.folder), here.site, name, trained)
+        if config.privacy.seeded_noise_not_private:
+            key = seeded_key_not_private(config.seed, here.site, job.run)
+        elif here.folder is None:
+            raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
+        else:
+            path = here.folder / "noise" / f"{name}.json"
+            # Also for noise that is held: the key's file knows under which plan the run was begun.
+            key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
         if plan.first_step == 0 or place not in self._noise:
-            if config.privacy.seeded_noise_not_private:
-                key = seeded_key_not_private(config.seed, here.site, job.run)
-            elif here.folder is None:
-                raise UserError("privacy.bands above 1 needs a folder at the site, where the key of its noise is kept")
-            else:
-                path = here.folder / "noise" / f"{name}.json"
-                key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
             self._noise[place] = plan.correlated(key)
             while len(self._noise) > _NOISES:
                 self._noise.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from ..core.config import RunConfig
@@ -41,6 +42,7 @@ def reserve(
     events: Event | tuple[Event, ...],
     part: Part,
     steps: int | None = None,
+    **about: str,
 ) -> Reservation:
     """Set budget aside for ``events``, within what the job and the site's policy allow."""
     privacy = config.privacy
@@ -54,19 +56,36 @@ def reserve(
         run=job.run,
         round=job.round,
         delta=privacy.delta,
+        **about,
     )
 
 
 def reserve_training(job: Job, config: RunConfig, prepared: Prepared, plan: PrivacyPlan) -> Reservation:
-    """Set a round's budget aside. Raises :class:`UserError` when another process is at work on the same run."""
+    """Set a round's budget aside.
+
+    Raises :class:`UserError` when another process is at work on the same run, and where units come in turn but the run
+    was begun under other settings: a unit whose turn was paid for and is over would have another one for nothing.
+    """
     steps = config.train.local_steps
+    terms = {"terms": _terms(config, plan)} if plan.slots > 1 else {}
+    if terms and any(entry.about.get("terms") != terms["terms"] for entry in prepared.ledger.training(job.run)):
+        raise UserError(
+            f"run {job.run} was begun under other settings or data; with units that come in turn (privacy.sampler, "
+            "privacy.bands) it goes on as it was begun or not at all; begin a new run"
+        )
     events = plan.events(plan.first_step, steps)
     # Steps in turn share what they cost; only steps that cost their own can be given back.
     own = len(events) == 1 and plan.slots == 1
-    reserved = reserve(job, config, prepared, events[0] if own else events, "train", steps)
+    reserved = reserve(job, config, prepared, events[0] if own else events, "train", steps, **terms)
     if reserved.first_step != plan.first_step:
         raise UserError("another process of this site trains the same run; end one of them")
     return reserved
+
+
+def _terms(config: RunConfig, plan: PrivacyPlan) -> str:
+    """SHA-256 of all that decides whose turn it is, and of the rest of the configuration but how long the run is."""
+    same = config.model_copy(update={"rounds": 1, "name": ""})
+    return hashlib.sha256(f"{same.digest()}|{plan.slots}".encode()).hexdigest()
 
 
 def require_room(prepared: Prepared, events: Event | tuple[Event, ...], part: Part) -> None:

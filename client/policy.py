@@ -28,6 +28,8 @@ from .installed import installed_digest
 Release = Literal["none", "noised", "exact"]
 _MORE: tuple[str, ...] = ("none", "noised", "exact")
 _UNITS = ("record", "patient")
+#: How the names of strategies begin that are classes for Flower; with a second colon the class is of any module.
+_MODULE = "flwr:"
 
 TEMPLATE = """\
 # What this site lets out. fedgraft reads this file before it answers anything: without it, or with a mistake in it,
@@ -47,7 +49,7 @@ max_delta = 1e-5               # the chance that the promise does not hold; well
 [allow]                        # what is not listed is refused; * stands for any text
 base_models = []               # fingerprints (SHA-256); a refusal says that of the job's model
 methods = ["lora", "rslora"]   # see `fedgraft methods`
-strategies = ["fedit", "ffa"]  # see `fedgraft strategies`
+strategies = ["fedit", "ffa"]  # see `fedgraft strategies`; one of any module, "flwr:MODULE:CLASS", no * alone allows
 engines = ["exact"]            # who computes gradients: exact (fedgraft's own), opacus
 tensors = ["*.lora_[AB].*", "*classifier*", "*score*"] # the trained tensors that may leave, by name
 
@@ -81,7 +83,7 @@ max_delta = 0.999999999
 [allow]
 base_models = ["*"]
 methods = ["*"]
-strategies = ["*"]
+strategies = ["*", "flwr:*"]
 engines = ["*"]
 tensors = ["*"]
 [metrics]
@@ -264,19 +266,19 @@ class Policy:
     # What a job may not do
 
     def dataset_of(self, config: RunConfig, site: str, chosen: str = "") -> Dataset:
-        """The dataset that a job trains on: ``chosen`` by the site, else the only one, else what the job names.
+        """The dataset that a job trains on: ``chosen`` by the site, else what the job names, else the only one.
 
         Raises :class:`PolicyError`.
         """
-        if len(self.datasets) == 1 and not chosen:
-            return self.datasets[0]
         entry = config.site(site)
-        asked = entry.path if entry is not None else ""
+        asked = chosen or (entry.dataset if entry is not None else "")
+        if not asked and len(self.datasets) == 1:
+            return self.datasets[0]
         for dataset in self.datasets:
-            if dataset.name == (chosen or asked):
+            if dataset.name == asked:
                 return dataset
-        mend = 'give dataset="NAME" in the node configuration, or a NAME as path in data.sites'
-        raise PolicyError(f"no dataset is called `{chosen or asked}`; {mend}", self.rule("dataset"))
+        mend = 'the site gives dataset="NAME" in its node configuration, or the job in its entry of data.sites'
+        raise PolicyError(f"no dataset is called `{asked}`; {mend}", self.rule("dataset"))
 
     def objections(self, config: RunConfig, fingerprint: str, dataset: Dataset) -> Iterator[PolicyError]:
         """Everything that forbids the job ``config`` with the base model ``fingerprint``, before anything is read."""
@@ -317,7 +319,9 @@ class Policy:
             yield no(f"the job's base model has the fingerprint {fingerprint}", "allow", "base_models")
         if not _listed(config.method.name, self.allow.methods):
             yield no(f"the job's method is {config.method.name}", "allow", "methods")
-        if not _listed(config.strategy, self.allow.strategies):
+        # A strategy of somebody's own module is code: a pattern for all names does not stand for it.
+        own = config.strategy.startswith(_MODULE) and config.strategy.count(":") > 1
+        if not _listed(config.strategy, [p for p in self.allow.strategies if p.startswith(_MODULE) or not own]):
             yield no(f"the job's strategy is {config.strategy}", "allow", "strategies")
         if exceeds(config.evaluation_release, self.metrics.evaluation):
             yield no(

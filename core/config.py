@@ -309,6 +309,7 @@ class SiteConfig(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     path: str = ""
+    dataset: str = Field("", description="real sites only: the name of a dataset in its policy, where that has several")
     model: str = Field("", description="another base model than the run's; refused by the fingerprint check")
     rank: int = Field(0, ge=0, description="a rank below method.rank, for strategies that mix ranks; 0: the same")
     memory: float = Field(

@@ -62,6 +62,8 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 #: The entries of a privacy statement, and what they are where nothing is stated.
 _STATEMENT: Mapping[str, Any] = asdict(PrivacyStatement(enabled=False))
 
+#: A run, a site or a fingerprint is no longer: each is written into logs and ledgers.
+_LONGEST_NAME = 256
 #: The records of a message, and the kind of each.
 _INSTRUCTION: Mapping[str, type] = {
     "job": ConfigRecord,
@@ -246,6 +248,8 @@ def decode_job(content: RecordDict) -> Job:
     for key, kind in wanted.items():
         if type(record[key]) is not kind:
             raise UserError(f"the server's job entry `{key}` is not a {kind.__name__}")
+        if key != "config" and kind is str and len(str(record[key])) > _LONGEST_NAME:
+            raise UserError(f"the server's job entry `{key}` is longer than {_LONGEST_NAME} characters")
     return Job(**{key: record[key] for key in wanted})  # type: ignore[arg-type]
 
 

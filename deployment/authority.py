@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ..core.errors import UserError
 from . import certificates
 from .certificates import Signer
-from .federation import load_federation
+from .federation import FederationFile, load_federation
 from .files import PRIVATE_FILE, private_folder, read, require_private, write
 from .guides import compose_file, readme, settings, systemd_unit
 from .roster import Member, roster
@@ -76,11 +76,7 @@ class Authority:
                 raise UserError(f"{source}: leaves out the site {live}; first: fedgraft provision revoke {live}")
         else:
             private_folder(kits)
-            key = certificates.new_key()
-            certificate = certificates.authority(federation.name, key, federation.certificates.authority_days)
-            private_folder(folder)
-            certificates.write_key(folder / "ca.key", key)
-            write(folder / "ca.crt", certificates.certificate_pem(certificate))
+            _new_authority(private_folder(folder), federation)
             write(folder / "registry.json", json.dumps({"number": 0, "sites": {}}), PRIVATE_FILE)
         write(folder / "federation.toml", read(source, "the federation", "give its path"), PRIVATE_FILE)
         opened = cls(kits)
@@ -114,6 +110,12 @@ class Authority:
             )
         if any(public == entry.public_key for other, entry in self.sites.items() if other != name):
             raise UserError(f"{path}: this key stands for another site already; each site makes its own")
+        if before is not None and before.public_key == public and before.ends < certificates.now():
+            raise UserError(
+                f"{path}: the certificate of site {name} ended on {certificates.day(before.ends)}, and a server that "
+                f"let its key go takes it no more; first: fedgraft provision rotate {name}, and the site runs: "
+                "fedgraft site init --new-key"
+            )
         if before is not None and before.public_key != public:
             if before.state != "awaits a new key":
                 why = "is revoked" if before.state == "revoked" else "has another key already"
@@ -122,7 +124,7 @@ class Authority:
                     f"fedgraft provision rotate {name}"
                 )
             given_up = tuple(dict.fromkeys((*given_up, before.public_key)))
-        signed = certificates.site(request, name, self.federation.certificates.site_days, self.signer)
+        signed = certificates.site(key, name, self.federation.certificates.site_days, self.signer)
         entry = Entry(public, signed.not_valid_after_utc.isoformat(), given_up=given_up)
         self._change(name, entry)
         write(self.kits / "sites" / name / "site.crt", certificates.certificate_pem(signed))
@@ -152,6 +154,25 @@ class Authority:
         write(folder / "server.crt", certificates.certificate_pem(certificate))
         return certificate.not_valid_after_utc
 
+    def rotate_authority(self) -> list[str]:
+        """Make a new authority: sign the keys of server and sites anew, and write all kits; returns the sites signed.
+
+        What the one before signed, its rosters included, is worth nothing to who holds the new ca.crt. A site whose
+        certificate has ended is not signed. After a crash in the middle of it, to be run again.
+        """
+        self.signer = _new_authority(self.folder, self.federation)
+        self.rotate_server()
+        signed = [name for name, entry in self.sites.items() if self._stands(entry) and entry.ends > certificates.now()]
+        for name in signed:
+            entry = self.sites[name]
+            key = certificates.load_public(entry.public_key)
+            certificate = certificates.site(key, name, self.federation.certificates.site_days, self.signer)
+            self.sites[name] = replace(entry, until=certificate.not_valid_after_utc.isoformat())
+            write(self.kits / "sites" / name / "site.crt", certificates.certificate_pem(certificate))
+        self._save()
+        self.write_kits()
+        return signed
+
     # Kits
 
     def write_kits(self) -> None:
@@ -171,9 +192,7 @@ class Authority:
 
     def _write_roster(self) -> None:
         members = [
-            Member(name, entry.public_key, entry.ends)
-            for name, entry in self.sites.items()
-            if entry.public_key not in entry.given_up
+            Member(name, entry.public_key, entry.ends) for name, entry in self.sites.items() if self._stands(entry)
         ]
         text = roster(self.federation.name, self.number, members).signed(self.signer)
         folders = (self.kits, self.kits / "server", *(self.kits / "sites" / name for name in self.federation.sites))
@@ -186,12 +205,20 @@ class Authority:
             raise UserError(f"{self.kits}: no key of a site `{name}` was ever signed; signed are {signed}")
         return self.sites[name]
 
+    @staticmethod
+    def _stands(entry: Entry) -> bool:
+        """Whether the present key of a site stands for it still."""
+        return entry.public_key not in entry.given_up
+
     def _change(self, name: str, entry: Entry) -> None:
         self.sites[name] = entry
+        self._save()
+        self._write_roster()
+
+    def _save(self) -> None:
         self.number += 1
         known = {"number": self.number, "sites": {name: asdict(entry) for name, entry in self.sites.items()}}
         write(self.folder / "registry.json", json.dumps(known, indent=1), PRIVATE_FILE)
-        self._write_roster()
 
     def _registry(self) -> tuple[int, dict[str, Entry]]:
         path = self.folder / "registry.json"
@@ -203,3 +230,11 @@ class Authority:
             return int(known["number"]), sites
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: is damaged; {_BACKUP}") from None
+
+
+def _new_authority(folder: Path, federation: FederationFile) -> Signer:
+    key = certificates.new_key()
+    certificate = certificates.authority(federation.name, key, federation.certificates.authority_days)
+    certificates.write_key(folder / "ca.key", key)
+    write(folder / "ca.crt", certificates.certificate_pem(certificate))
+    return Signer(key, certificate)

@@ -79,7 +79,12 @@ def load_public(pem: str) -> ec.EllipticCurvePublicKey:
 
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     """SHA-256 of the public key, as people compare it over the telephone: ``ab12-cd34-...`` (64 digits)."""
-    digest = hashlib.sha256(public_pem(key).encode()).hexdigest()
+    return pem_fingerprint(public_pem(key))
+
+
+def pem_fingerprint(pem: str | bytes) -> str:
+    """The same for what says that it is a public key as PEM."""
+    digest = hashlib.sha256(pem.encode() if isinstance(pem, str) else pem).hexdigest()
     return "-".join(digest[at : at + 8] for at in range(0, len(digest), 8))
 
 
@@ -110,11 +115,10 @@ def server(
     return _certificate(f"{name} server", key, signer.key, signer, days, usage, limits, [names, use])
 
 
-def site(request: x509.CertificateSigningRequest, name: str, days: int, signer: Signer) -> x509.Certificate:
-    """The certificate of site ``name`` for the key of its request; nothing else of the request is taken over."""
+def site(key: ec.EllipticCurvePublicKey, name: str, days: int, signer: Signer) -> x509.Certificate:
+    """The certificate of site ``name`` for its key."""
     use = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
     limits = x509.BasicConstraints(ca=False, path_length=None)
-    key = cast(ec.EllipticCurvePublicKey, request.public_key())
     return _certificate(name, key, signer.key, signer, days, _usage(digital_signature=True), limits, [use])
 
 

@@ -42,7 +42,7 @@ def kits(
     console = _console()
     anchor = authority.signer.certificate
     console.print(f"{output}: federation {authority.federation.name}")
-    console.print(f"  authority: {certificates.key_fingerprint(certificates.public_of(anchor))}")
+    console.print(f"  authority: {_fingerprint(authority)}")
     console.print(f"  authority expires {certificates.day(anchor.not_valid_after_utc)}")
     for role in ("server", *(f"sites/{name}" for name in authority.federation.sites)):
         console.print(f"  {output / role}")
@@ -70,11 +70,19 @@ def sign(
 
 @app.command()
 def rotate(
-    who: Annotated[str, typer.Argument(help="server, or the name of a site.", show_default=False)],
+    who: Annotated[str, typer.Argument(help="server, authority, or the name of a site.", show_default=False)],
     output: _Kits = _KITS,
 ) -> None:
-    """Replace the server's key and certificate, or let a site have a new key signed."""
+    """Replace the key of the server or the authority, or let a site have a new key signed."""
     authority = Authority(output)
+    if who == "authority":
+        signed = authority.rotate_authority()
+        console = _console()
+        console.print(f"authority: {_fingerprint(authority)}")
+        console.print(f"  signed anew: the server's new key; the keys of {', '.join(signed) or 'no site'}")
+        console.print("  stop all; hand out what is new in the kits: ca.crt, roster.json, server.key, server.crt,")
+        console.print("  site.crt; tell the authority's fingerprint by another way; start again")
+        return
     if who == "server":
         ends = authority.rotate_server()
         _console().print(f"server: a new key; the certificate expires {certificates.day(ends)}; restart the server")
@@ -105,6 +113,10 @@ def status(output: _Kits = _KITS) -> None:
         entry = authority.sites.get(name)
         table.add_row(name, entry.state if entry else "has sent no key", _end(entry.ends) if entry else "")
     _console().print(table)
+
+
+def _fingerprint(authority: Authority) -> str:
+    return certificates.key_fingerprint(certificates.public_of(authority.signer.certificate))
 
 
 def _end(at: Any) -> str:

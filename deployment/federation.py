@@ -15,6 +15,8 @@ from ..core.errors import UserError
 
 #: A site's name: it becomes a folder, a certificate's subject and a key of the run's configuration.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+#: Who is not a site, but can be named where one can.
+ROLES = ("server", "authority")
 S = TypeVar("S", bound=Section)
 _LABEL = re.compile(r"^(?!-)[A-Za-z0-9-]{1,63}(?<!-)$")
 
@@ -88,6 +90,8 @@ class FederationFile(Section):
         twice = next((name for name in names if names.count(name) > 1), "")
         if twice:
             raise ValueError(f"two sites are called {twice}")
+        if taken := next((name for name in names if name in ROLES), ""):
+            raise ValueError(f"`{taken}` is no name for a site: it is a role of its own")
         return self
 
     @property
@@ -129,5 +133,5 @@ def _require_host(name: str) -> None:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        if not name or len(name) > 253 or not all(_LABEL.match(label) for label in name.split(".")):
+        if not name or len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
             raise ValueError(f"`{name}` is neither a host name nor an IP address") from None

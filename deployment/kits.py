@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..core.config import Section
 from ..core.errors import UserError
 from . import certificates
 from .federation import Server, read_toml
-from .files import read, require_private
+from .files import PRIVATE_FILE, read, require_private, write
 from .roster import Roster, read_roster
 
 #: The environment variable by which the ServerApp finds the folder of the server's kit.
@@ -21,6 +22,7 @@ SERVER_KIT = "FEDGRAFT_SERVER_KIT"
 _ASK = "ask the coordinator for this site's kit"
 _SEND = "send site.csr to the coordinator and put the site.crt that comes back here"
 _INIT = "run: fedgraft site init"
+_ENDED = "run fedgraft site init --new-key and send site.csr; the coordinator runs before: fedgraft provision rotate"
 _ROTATE = "the coordinator runs: fedgraft provision rotate server"
 
 
@@ -69,7 +71,7 @@ class ServerKit:
 
     def roster(self) -> Roster:
         """The sites that may take part, as the file says now. Raises :class:`UserError`."""
-        return _roster(self.folder, self.authority, self.settings.federation)
+        return _roster(self.folder, self.authority, self.settings.federation, self.state)
 
     @property
     def own_address(self) -> str:
@@ -150,14 +152,12 @@ class SiteKit:
                 self.next_key.replace(self.key)
                 key = following
         _require_pair(key, certificate, crt, _SEND)
-        certificates.require_current(
-            certificate, crt, "send site.csr again; the coordinator signs it once more, and a new site.crt comes back"
-        )
+        certificates.require_current(certificate, crt, _ENDED)
         return key, certificate
 
     def roster(self) -> Roster:
         """Who takes part, as the coordinator last told this site. Raises :class:`UserError`."""
-        return _roster(self.folder, self.authority, self.settings.federation)
+        return _roster(self.folder, self.authority, self.settings.federation, self.state)
 
     def require_member(self) -> Roster:
         """The roster, once it was found to list this site's key. Raises :class:`UserError`."""
@@ -183,16 +183,49 @@ def _require_pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
 def _authority(folder: Path, mend: str) -> x509.Certificate:
     path = folder / "ca.crt"
     certificate = certificates.read_certificate(path, mend)
-    certificates.require_current(certificate, path, "the coordinator provisions a new federation")
+    certificates.require_current(certificate, path, "the coordinator runs: fedgraft provision rotate authority")
     return certificate
 
 
-def _roster(folder: Path, authority: x509.Certificate, federation: str) -> Roster:
+def _roster(folder: Path, authority: x509.Certificate, federation: str, state: Path) -> Roster:
     path = folder / "roster.json"
     found = read_roster(path, authority)
     if found.federation != federation:
         raise UserError(f"{path}: is of the federation {found.federation}, not of {federation}")
+    last = _number_in_force(authority, _memory(state))
+    if found.number < last:
+        # A site that was revoked since may stand on it.
+        raise UserError(
+            f"{path}: is number {found.number}, and number {last} was in force here already; put the newest there "
+            f"(remove {_memory(state)} if the coordinator went back to a backup)"
+        )
     return found
+
+
+def remember_roster(kit: ServerKit | SiteKit, found: Roster) -> None:
+    """Write down that ``found`` was in force, so that no earlier one is again. Raises :class:`UserError`."""
+    if found.number > _number_in_force(kit.authority, _memory(kit.state)):
+        known = {"authority": _signer(kit.authority), "number": found.number}
+        write(_memory(kit.state), json.dumps(known), PRIVATE_FILE)
+
+
+def _memory(state: Path) -> Path:
+    return state / "roster-number.json"
+
+
+def _number_in_force(authority: x509.Certificate, memory: Path) -> int:
+    """The number of the newest roster of ``authority`` that was in force here; -1 where none was."""
+    try:
+        before = json.loads(memory.read_bytes())
+        return int(before["number"]) if before["authority"] == _signer(authority) else -1
+    except FileNotFoundError:
+        return -1
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{memory}: cannot be read; remove it once roster.json is known to be the newest") from None
+
+
+def _signer(authority: x509.Certificate) -> str:
+    return certificates.key_fingerprint(certificates.public_of(authority))
 
 
 def _text(path: Path, what: str, mend: str) -> str:

@@ -190,6 +190,10 @@ class Ledger:
         """Whether all noise came from the operating system: seeded noise in the past is no privacy in the present."""
         return all(entry.private_noise for entry in self.entries())
 
+    def training(self, run: str) -> tuple[Entry, ...]:
+        """What was ever reserved for the training of ``run``."""
+        return tuple(entry for entry in self.entries() if entry.part == "train" and entry.about.get("run") == run)
+
     def steps_reserved(self, run: str) -> int:
         """Training steps ever reserved in ``run``, whatever became of them."""
         return _steps_reserved(self.entries(), run)

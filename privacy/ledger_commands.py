@@ -14,12 +14,13 @@ from rich.table import Table
 
 from ..core.errors import UserError
 from .accounting import require_known
-from .journal import DamagedError, Journal
+from .auditlog import FILE as AUDIT_LOG
+from .auditlog import LEDGERS, require_ledger_of_audit
+from .journal import Journal
 from .ledger import Entry, Ledger, ledger_file
 
 app = typer.Typer(help="Show or verify a site's ledger.", no_args_is_help=True)
 _PATH = typer.Argument(help="A ledger file, a site's folder, or a run directory.", show_default=False)
-_FOLDER = "ledgers"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def show(
         print(json.dumps({"ledgers": [_as_json(account, delta, neighbours) for account in accounts]}))
         return
     console = Console()
+    if not accounts:
+        console.print(f"{path}: nothing was spent", soft_wrap=True, highlight=False)
     for account in accounts:
         told = _as_json(account, delta, neighbours)
         table = Table("run", "round", "part", "noise", "rate", "steps", "outcome", title=_title(account))
@@ -85,23 +88,8 @@ def verify(path: Annotated[Path, _PATH]) -> None:
             highlight=False,
         )
     for folder in _site_folders(path):
-        _require_ledger_of_audit(folder)
+        require_ledger_of_audit(folder)
     console.print("The hashes find damage and careless edits. Whoever may write a file could have written it anew.")
-
-
-def _require_ledger_of_audit(folder: Path) -> None:
-    """Raise :class:`UserError` when an answer left under a line that the ledger no longer holds."""
-    held = {entry["sha256"] for file in (folder / _FOLDER).glob("*.jsonl") for entry in ledger_file(file).entries()}
-    for file in sorted(folder.glob("*.jsonl")):
-        for number, entry in enumerate(_journal(file, False).entries(), 1):
-            under = (entry.get("privacy") or {}).get("ledger")
-            if under and under not in held:
-                raise DamagedError(
-                    file,
-                    number,
-                    f"says that an answer left under ledger line {under[:16]}, which {folder / _FOLDER} does not hold: "
-                    "a ledger was lost or put back from an old copy, and more was spent than it says",
-                )
 
 
 def _accounts(path: Path) -> Iterator[_Account]:
@@ -116,7 +104,7 @@ def _places(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     server = sorted(path.glob("*-ledger.jsonl"))
-    found = [*server, *(folder / _FOLDER for folder in _site_folders(path))]
+    found = [*server, *(folder / LEDGERS for folder in _site_folders(path))]
     if not found and path.is_dir() and list(path.glob("*.jsonl")):
         found = [path]
     if not found:
@@ -125,9 +113,9 @@ def _places(path: Path) -> list[Path]:
 
 
 def _site_folders(path: Path) -> list[Path]:
-    """``path`` itself when it is a site's folder; the sites of a run directory."""
+    """``path`` itself when it is a site's folder, which may have refused all so far; the sites of a run directory."""
     folders = [path, *sorted(path.glob("sites/*"))]
-    return [folder for folder in folders if (folder / _FOLDER).is_dir()]
+    return [folder for folder in folders if (folder / LEDGERS).is_dir() or (folder / AUDIT_LOG).is_file()]
 
 
 def _files(path: Path) -> list[tuple[Path, bool]]:
@@ -140,7 +128,7 @@ def _files(path: Path) -> list[tuple[Path, bool]]:
 
 
 def _is_ledger(file: Path) -> bool:
-    return file.parent.name == _FOLDER or file.stem.endswith("ledger")
+    return file.parent.name == LEDGERS or file.stem.endswith("ledger")
 
 
 def _journal(file: Path, ledger: bool) -> Journal:

@@ -295,7 +295,7 @@ class Federation:
         nodes = set(self.grid.get_node_ids())
         for gone in set(self.strategy.sites) - nodes:
             del self.strategy.sites[gone]
-        fresh = sorted(nodes - set(self.strategy.sites))
+        fresh = [node for node in sorted(nodes - set(self.strategy.sites)) if not self._rests(node)]
         if not fresh:
             return
         job = Job(
@@ -319,6 +319,14 @@ class Federation:
                 if refuse:
                     raise
                 self._note_once(f"{error}; the run goes on without it")
+
+    def _rests(self, node: int) -> bool:
+        """Whether the key of ``node`` stands for a site that the run leaves out, which is then asked for nothing."""
+        name = self.registered(node) if self.registered is not None else ""
+        if not name or self.config.site(name) is not None:
+            return False
+        self._note_once(f"site {name} is connected, and rests: data.sites does not list it")
+        return True
 
     def _note_once(self, text: str) -> None:
         if text not in self._noted:

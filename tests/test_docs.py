@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -66,3 +67,22 @@ def test_the_files_that_the_readme_names_exist():
 
 def test_the_version_is_one():
     assert f'version = "{fedgraft.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def _tests(path: Path) -> dict[str, str]:
+    """The tests of a file as they are written, each with the marks of the whole file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    marks = [ast.unparse(n) for n in tree.body if isinstance(n, ast.Assign) and "pytestmark" in ast.unparse(n)]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: "\n".join([*marks, ast.unparse(node)]) for node in functions}
+
+
+def test_every_attack_in_the_threat_model_is_tried_by_a_test_that_runs():
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row[1]) for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 30
+    for *_, where, _ in rows:
+        file, name = re.fullmatch(r" `(tests/[a-z_/]+\.py)::(test_\w+)` ", where).groups()
+        tried = _tests(ROOT / file).get(name)
+        assert tried is not None, where
+        assert not re.search(r"skip|xfail", tried), where

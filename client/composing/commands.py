@@ -30,8 +30,8 @@ def embed(
     """
     from ...core.config import load_config
     from ...methods.peftfolder import locate
+    from ...privacy.auditlog import AuditLog
     from ...privacy.ledger import Ledger
-    from ..auditlog import AuditLog
     from ..data import load_site
     from ..job import own_version
     from ..policy import load_policy

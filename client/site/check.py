@@ -24,6 +24,7 @@ from ...core.wire import Job, decode_answer
 from ...deployment.certificates import SOON, day, now
 from ...deployment.kits import SiteKit
 from ...deployment.reach import reach, require_clock
+from ...privacy.auditlog import LEDGERS, require_ledger_of_audit
 from ...privacy.ledger import Ledger
 from ..policy import Policy, load_policy
 
@@ -105,7 +106,8 @@ def _readable(place: Path) -> str:
 
 
 def _ledger(kit: SiteKit) -> str:
-    entries = Ledger(kit.state / "ledgers").entries()
+    require_ledger_of_audit(kit.state)
+    entries = Ledger(kit.state / LEDGERS).entries()
     return f"{len(entries)} reservations, each as it was written"
 
 
@@ -156,8 +158,8 @@ def _answer(kit: SiteKit, config: RunConfig) -> str:
     heard = Heard()
     fingerprint = resident(own_version(config, kit.name)).base.fingerprint
     with tempfile.TemporaryDirectory() as scratch:
-        if (kit.state / "ledgers").is_dir():
-            shutil.copytree(kit.state / "ledgers", Path(scratch) / "ledgers")
+        if (kit.state / LEDGERS).is_dir():
+            shutil.copytree(kit.state / LEDGERS, Path(scratch) / LEDGERS)
         node: dict[str, bool | float | int | str] = {
             "site": kit.name,
             "site-folder": scratch,

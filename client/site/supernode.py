@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from cryptography import x509
 
-from ...core.errors import UserError
+from ...core.errors import UserError, one_line
 from ...deployment.certificates import SOON, day, now
 from ...deployment.files import private_folder
 from ...deployment.kits import SiteKit
 from ...deployment.processes import end, ended_on_signals, environment, free_port, last_words, launch
 from ...deployment.reach import reach, require_clock
+from ...privacy.auditlog import AuditLog, require_ledger_of_audit
 from ..policy import load_policy
 from ..warm.command import fresh_secret, supernode_options, worker_command
 from .trust import write_roster
@@ -57,6 +59,7 @@ def require_ready(kit: SiteKit) -> x509.Certificate:
     _, certificate = kit.identity()
     kit.require_member()
     load_policy(kit.policy)
+    require_ledger_of_audit(kit.state)
     server = kit.settings.server
     require_clock(reach(server.host, server.port, kit.folder / "ca.crt"), server.address)
     return certificate
@@ -65,10 +68,21 @@ def require_ready(kit: SiteKit) -> x509.Certificate:
 def start(kit: SiteKit, say: Callable[[str], None]) -> None:
     """Take part until Ctrl-C or SIGTERM, and end all that was started.
 
-    Raises :class:`UserError` for what keeps the site from taking part, and when the server refuses it.
+    Raises :class:`UserError` for what keeps the site from taking part, and when the server refuses it; both are in the
+    site's audit log.
     """
-    certificate = require_ready(kit)
     private_folder(kit.state)
+    try:
+        _take_part(kit, say)
+    except UserError as error:
+        # Where the audit log itself is what fails, that is the error.
+        with contextlib.suppress(UserError):
+            AuditLog(kit.state).write("refused", site=kit.name, kind="start", why=one_line(error))
+        raise
+
+
+def _take_part(kit: SiteKit, say: Callable[[str], None]) -> None:
+    certificate = require_ready(kit)
     write_roster(kit)
     log, worker_log = (kit.folder / "logs" / f"{name}.log" for name in ("supernode", "worker"))
     begun, worker_begun = (file.stat().st_size if file.exists() else 0 for file in (log, worker_log))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ...deployment.files import PRIVATE_FILE, write
-from ...deployment.kits import SiteKit
+from ...deployment.kits import SiteKit, remember_roster
 
 
 def write_roster(kit: SiteKit) -> Path:
@@ -14,8 +14,9 @@ def write_roster(kit: SiteKit) -> Path:
 
     Raises :class:`UserError` where the kit's roster is not the authority's.
     """
-    path = kit.state / "roster.toml"
+    path, found = kit.state / "roster.toml", kit.roster()
+    remember_roster(kit, found)
     # A JSON text is a TOML text too.
-    lines = (f"{json.dumps(m.name)} = {json.dumps(m.public_key)}\n" for m in kit.roster().current())
+    lines = (f"{json.dumps(m.name)} = {json.dumps(m.public_key)}\n" for m in found.current())
     write(path, "[sites]\n" + "".join(lines), PRIVATE_FILE)
     return path

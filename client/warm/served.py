@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from ...core.errors import UserError, one_line
 from ...core.watching import logs
 from ...core.wire import encode_refusal
-from ..auditlog import AuditLog
+from ...privacy.auditlog import AuditLog
 from ..installed import installed_digest
 from .frames import receive_frame, send_frames
 

@@ -17,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from ... import __version__
 from ...core.errors import PrivateError, UserError, one_line
 from ...core.wire import decode_job, encode_refusal
-from ..auditlog import AuditLog
+from ...privacy.auditlog import AuditLog
 from ..gate import require_refusal
 from ..installed import installed_digest
 from ..policy import NoPolicyError, PolicyError, load_policy

@@ -16,8 +16,8 @@ from ...core.errors import UserError, one_line
 from ...core.watching.follow import Follower
 from ...core.watching.screen import moment
 from ...deployment.kits import SiteKit
+from ...privacy.auditlog import FILE
 from ...privacy.ledger import Ledger, Limit
-from ..auditlog import FILE
 from ..policy import Dataset, Policy, load_policy
 from ..warm.worker import LOCK
 

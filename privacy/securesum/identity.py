@@ -9,7 +9,7 @@ import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -89,11 +89,7 @@ def load_signing_key(path: Path) -> SigningKey:
         raise PrivateError(f"{path}: the site's signing key cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise PrivateError(f"{path}: is no private key without a passphrase: {error}") from None
-    if isinstance(key, Ed25519PrivateKey) or (
-        isinstance(key, EllipticCurvePrivateKey) and isinstance(key.curve, SECP384R1)
-    ):
-        return key
-    raise PrivateError(f"{path}: is not {_KINDS}")
+    return cast(SigningKey, _of_a_kind(key, f"{path}:"))
 
 
 def load_roster(path: Path) -> Roster:
@@ -125,11 +121,16 @@ def _public(text: object, where: str) -> PublicKey:
         key = load(data)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise PrivateError(f"{where} has no public key, in OpenSSH's or PEM form") from None
-    if isinstance(key, Ed25519PublicKey) or (
-        isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP384R1)
-    ):
+    return cast(PublicKey, _of_a_kind(key, f"{where}: its key"))
+
+
+def _of_a_kind(key: object, what: str) -> object:
+    """``key``, which is of a kind that sites sign with. Raises :class:`PrivateError` that calls it ``what``."""
+    if isinstance(key, Ed25519PrivateKey | Ed25519PublicKey):
         return key
-    raise PrivateError(f"{where} has not {_KINDS}")
+    if isinstance(key, EllipticCurvePrivateKey | EllipticCurvePublicKey) and isinstance(key.curve, SECP384R1):
+        return key
+    raise PrivateError(f"{what} is not {_KINDS}")
 
 
 def _bytes(key: PublicKey) -> bytes:

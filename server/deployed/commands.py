@@ -124,9 +124,8 @@ def stop(which: _Which = "", kit: _Kit = _HERE) -> None:
     from . import jobs
     from .control import Control
 
-    control = Control(ServerKit.open(kit))
-    run = jobs.find(control, which)
-    control.stop(run.id)
+    opened = ServerKit.open(kit)
+    run = jobs.stop(opened, Control(opened), which)
     print(f"{run.name}: stopped; to go on: fedgraft job submit CONFIG --resume {run.name}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import click
 from flwr.cli.utils import flwr_cli_exc_handler
+from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -24,6 +26,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from ...core.errors import UserError
 from ...deployment.kits import ServerKit
+
+#: How Flower's own lines begin, in colour or not.
+_FLOWERS = re.compile(r"(\x1b\[[0-9;]*m)*(INFO\s*(\x1b\[[0-9;]*m)*\s*:|Successfully installed fedgraft-job )")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,20 @@ class Run:
     details: str
     began: str
     ended: str
+
+
+def job_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of ``texts``, wherever those were cut, each with its end; what Flower says of itself is left out."""
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from (f"{line}\n" for line in lines if not _FLOWERS.match(line))
+    if rest and not _FLOWERS.match(rest):
+        yield rest
+
+
+class TakenError(UserError):
+    """A key that the SuperLink had let go before: it takes no key twice."""
 
 
 class Control:
@@ -71,9 +90,17 @@ class Control:
         return [Node(n.node_id, n.name, n.public_key.decode(), n.status) for n in found if n.status != "unregistered"]
 
     def register(self, name: str, public_key: str) -> int:
-        """Let the site with this key connect; returns Flower's number for it."""
-        with self._errors():
-            return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key.encode(), name=name)).node_id
+        """Let the site with this key connect; returns Flower's number for it. Raises :class:`TakenError`."""
+        try:
+            with self._errors():
+                return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key.encode(), name=name)).node_id
+        except UserError as error:
+            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
+                raise
+            raise TakenError(
+                f"{name}: its key was let go before, and Flower takes none twice; run: fedgraft provision rotate "
+                f"{name}, and at the site: fedgraft site init --new-key"
+            ) from None
 
     def unregister(self, node: int) -> None:
         """Let the site connect no more."""
@@ -110,7 +137,10 @@ class Control:
             raise UserError(f"run {run} could not be stopped; is it over?")
 
     def logs(self, run: int, *, follow: bool) -> Iterator[str]:
-        """What a run's ServerApp has said; with ``follow``, until it is over."""
+        """The lines of a run's ServerApp, without Flower's own INFO; with ``follow``, until it is over."""
+        return job_lines(self._logs(run, follow=follow))
+
+    def _logs(self, run: int, *, follow: bool) -> Iterator[str]:
         with self._errors():
             for answer in self._client.StreamLogs(StreamLogsRequest(run_id=run, after_timestamp=0.0)):
                 yield answer.log_output

@@ -17,6 +17,7 @@ from ... import __version__
 from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...deployment.kits import ServerKit
+from ...privacy.auditlog import AuditLog
 from ..files import cannot_write
 from .control import Control, Run
 
@@ -77,7 +78,19 @@ def submit(kit: ServerKit, control: Control, config: RunConfig, name: str = "", 
     if any(run.name == name and run.status not in _OVER for run in control.runs()):
         raise UserError(f"{name}: is still running; stop it first: fedgraft job stop {name}")
     settings = {"output": name} | ({"resume": name} if resume else {})
-    return name, control.submit(bundle(config), settings)
+    made = bundle(config)
+    AuditLog(kit.state).write(
+        "submitted", run=name, job=config.digest(), bundle=made.hash_str, sites=list(config.site_names)
+    )
+    return name, control.submit(made, settings)
+
+
+def stop(kit: ServerKit, control: Control, which: str) -> Run:
+    """End the job ``which`` (see :func:`find`); returns it. Raises :class:`UserError`."""
+    run = find(control, which)
+    AuditLog(kit.state).write("stopped", run=run.name, number=run.id)
+    control.stop(run.id)
+    return run
 
 
 def find(control: Control, which: str) -> Run:

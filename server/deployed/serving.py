@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...core.errors import UserError
-from ...deployment.certificates import SOON, day, now
+from ...deployment.certificates import SOON, day, now, pem_fingerprint
 from ...deployment.files import private_folder, write
-from ...deployment.kits import SERVER_KIT, ServerKit
+from ...deployment.kits import SERVER_KIT, ServerKit, remember_roster
 from ...deployment.processes import end, ended_on_signals, environment, last_words, launch, require_free
 from ...deployment.reach import reach
 from ...deployment.roster import Member
-from .control import Control
+from ...privacy.auditlog import AuditLog
+from .control import Control, TakenError
 
 _POLL = 0.2
 _ROSTER_POLL = 2.0
@@ -81,13 +82,14 @@ def _require_alive(process: subprocess.Popen[bytes], log: Path, begun: int) -> N
 
 def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int, say: Callable[[str], None]) -> None:
     control, told, due = Control(kit), "", 0.0
+    taken: set[str] = set()
     try:
         while True:
             _require_alive(process, log, begun)
             if time.monotonic() >= due:
                 due = time.monotonic() + _ROSTER_POLL
                 try:
-                    for line in reconcile(kit, control):
+                    for line in reconcile(kit, control, taken):
                         say(line)
                     told = ""
                 except UserError as error:
@@ -99,21 +101,37 @@ def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: in
         control.close()
 
 
-def reconcile(kit: ServerKit, control: Control) -> list[str]:
+def reconcile(kit: ServerKit, control: Control, taken: set[str]) -> list[str]:
     """Have the SuperLink know exactly the roster's members whose certificates have not ended; returns what changed.
 
-    Also writes down which node is which site, for the jobs.
+    ``taken``: keys that the SuperLink does not take a second time, to which such a key is added.
+    Also writes down which node is which site, for the jobs. What is about to change is in the audit log first.
     """
-    wanted: dict[str, Member] = {member.public_key: member for member in kit.roster().current()}
+    members = kit.roster()
+    remember_roster(kit, members)
+    wanted: dict[str, Member] = {member.public_key: member for member in members.current()}
+    audit_log = AuditLog(kit.state)
     said, nodes = [], {}
     for node in control.nodes():
         if node.public_key in wanted and wanted[node.public_key].name == node.name:
             nodes[node.id] = wanted.pop(node.public_key).name
             continue
+        ended = any(member.public_key == node.public_key and member.name == node.name for member in members.members)
+        why = "its certificate has ended" if ended else "its key is not on the roster"
+        audit_log.write("unregistered", site=node.name, key=pem_fingerprint(node.public_key), why=why)
         control.unregister(node.id)
-        said.append(f"{node.name}: refused from now on; its key is not on the roster, or its certificate has ended")
+        said.append(f"{node.name}: refused from now on; {why}")
     for key, member in wanted.items():
-        nodes[control.register(member.name, key)] = member.name
+        if key in taken:
+            continue
+        until = member.until.isoformat()
+        audit_log.write("registered", site=member.name, key=pem_fingerprint(key), until=until, roster=members.number)
+        try:
+            nodes[control.register(member.name, key)] = member.name
+        except TakenError as error:
+            taken.add(key)
+            said.append(str(error))
+            continue
         said.append(f"{member.name}: may connect; its certificate expires {day(member.until)}")
     text = json.dumps({str(node): name for node, name in sorted(nodes.items())})
     if not kit.nodes.is_file() or kit.nodes.read_text(encoding="utf-8") != text:

@@ -416,6 +416,26 @@ def test_correlated_noise_goes_on_in_another_process(
     assert "the noise key of a run that has taken 9 steps is lost" in answer.error and "adapter" not in content
 
 
+@pytest.mark.parametrize("begun", [{"sampler": "cyclic"}, {"sampler": "cyclic", "bands": 4}, {"bands": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{"train.batch_size": 32}, {"privacy.bands": 2}, {"seed": 4}], ids=str)
+def test_a_run_whose_turns_change_on_the_way_goes_no_further(
+    tiny_federation: Any, tmp_path: Path, begun: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Else a patient whose turn in an epoch was paid for and is over would have another in it, for nothing."""
+    settings = {f"privacy.{key}": value for key, value in begun.items()}
+    settings |= {"privacy.noise_multiplier": 2.0, "privacy.epsilon": 500.0, "train.local_steps": 1}
+    talk = Conversation(tiny_federation.private(**settings), tmp_path / "north")
+    assert talk.train(1)[0].error == ""
+    ledger = Ledger(tmp_path / "north" / "ledgers")
+    (paid,) = ledger.events()
+    answer, content = talk.train(2, config=tiny_federation.private(**{**settings, **changes}).to_json())
+    assert "run r was begun under other settings or data" in answer.error and set(content) == {"site"}
+    assert ledger.events() == (paid,)
+    # A run may become longer, and the turns of its epoch are paid for.
+    assert talk.train(2, config=tiny_federation.private(**settings, rounds=9, name="x").to_json())[0].error == ""
+    assert ledger.events() == (paid,)
+
+
 def test_the_name_of_a_run_reaches_no_other_folder(tiny_federation: Any, tmp_path: Path) -> None:
     config = tiny_federation.private(**{"privacy.sampler": "cyclic", "privacy.bands": 2, "privacy.epsilon": 50.0})
     answer, _ = Conversation(config, tmp_path / "north").train(run="../../escaped")

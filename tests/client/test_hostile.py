@@ -174,3 +174,47 @@ def test_a_job_that_the_policy_forbids_is_refused_with_its_line(name: str, talk:
     assert line["why"] == said and line["rule"]["text"].startswith(f"{key} = ")
     number = line["rule"]["line"]
     assert (talking.folder / "policy.toml").read_text().splitlines()[number - 1].startswith(f"{key} = ")
+
+
+# Code by its name
+
+
+def test_a_strategy_of_any_module_is_not_even_imported_unless_the_policy_names_it(
+    talk: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "ran"
+    (tmp_path / "lying_about.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    talking = talk(strategy="flwr:lying_about:Strategy")
+    assert 'strategies = ["*", "flwr:*"]' in (talking.folder / "policy.toml").read_text()
+    text = (talking.folder / "policy.toml").read_text().replace('["*", "flwr:*"]', '["*"]')
+    (talking.folder / "policy.toml").write_text(text)
+    said, line = require_refused(talking, talking.say("train", content=plain(talking.state)))
+    assert line["why"] == said and line["rule"]["text"] == 'strategies = ["*"]'
+    assert not mark.exists()
+
+
+# Numbers that are none
+
+
+NUMBERS = ("privacy.epsilon", "privacy.delta", "privacy.noise_multiplier", "privacy.clip", "train.lr", "method.alpha")
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_job_with_a_number_that_is_none_is_refused(key: str, bad: str, talk: Callable[..., Any]) -> None:
+    talking = talk()
+    values = json.loads(talking.config.to_json())
+    section, leaf = key.split(".")
+    assert leaf in values[section]
+    values[section][leaf] = "HERE"
+    text = json.dumps(values).replace('"HERE"', bad)
+    said, line = require_refused(talking, talking.say("train", content=plain(talking.state), config=text))
+    assert leaf in said and line["why"] == said
+
+
+@pytest.mark.parametrize("round", [-1, 0, 4, 2**62])
+def test_a_round_that_the_run_does_not_have_is_refused(round: int, talk: Callable[..., Any]) -> None:
+    talking = talk()
+    said, line = require_refused(talking, talking.say("train", round, content=plain(talking.state)))
+    assert f"the run has no round {round} to train: it has 3" in said and line["why"] == said

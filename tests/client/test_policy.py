@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedgraft.client.policy import TEMPLATE, NoPolicyError, Policy, PolicyError, load_policy, unrestricted
-from fedgraft.core.config import RunConfig
+from fedgraft.core.config import RunConfig, load_config
 from fedgraft.core.errors import PrivateError
 from fedgraft.privacy.ledger import Limit
 
@@ -168,13 +169,28 @@ def test_one_of_several_datasets_is_named_by_the_site_or_else_by_the_job(job: An
     policy = Policy(TWO, "/srv/policy.toml")
     names = ["discharge-letters", "discharge-scans"]
     assert [dataset.name for dataset in policy.datasets] == names
-    asks = job(**{"data.sites": [{"name": "north", "path": names[1]}, "south"], "data.path": ""})
+    asks = job(**{"data.sites": [{"name": "north", "dataset": names[1]}, "south"], "data.path": ""})
     assert policy.dataset_of(asks, "north").name == names[1]
     assert policy.dataset_of(asks, "north", names[0]).name == names[0]
     for config, chosen in ((asks, "other"), (job(), "")):
-        with pytest.raises(PolicyError, match=f"no dataset is called `{chosen}`; give dataset="):
+        with pytest.raises(PolicyError, match=f"no dataset is called `{chosen}`; the site gives dataset="):
             policy.dataset_of(config, "north", chosen)
     assert policy.data_path(policy.datasets[1]) == Path("/srv/discharge-scans.csv")
+
+
+def test_a_job_that_names_another_dataset_than_the_only_one_does_not_get_that(job: Any) -> None:
+    policy = Policy(FULL, "/srv/policy.toml")
+    assert policy.dataset_of(job(), "north").name == "discharge-letters"
+    with pytest.raises(PolicyError, match="no dataset is called `scans`"):
+        policy.dataset_of(job(**{"data.sites": [{"name": "north", "dataset": "scans"}]}), "north")
+
+
+def test_the_name_of_a_dataset_survives_the_file_of_the_configuration(job: Any, tmp_path: Path) -> None:
+    values = json.loads(job().to_json())
+    values["data"] = {"sites": [{"name": "north", "dataset": "discharge-scans"}]}
+    (tmp_path / "job.json").write_text(json.dumps(values))
+    config = load_config(tmp_path / "job.json")
+    assert Policy(TWO, "/srv/policy.toml").dataset_of(config, "north").name == "discharge-scans"
 
 
 def test_a_rule_is_that_of_the_dataset_which_is_used(job: Any) -> None:

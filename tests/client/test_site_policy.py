@@ -16,12 +16,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedgraft.client import answering, budget, trainer
 from fedgraft.client import app as client_app
-from fedgraft.client.auditlog import audit_journal
 from fedgraft.client.resident import resident
 from fedgraft.core import records as core_records
 from fedgraft.core.errors import UserError
 from fedgraft.core.wire import NEEDS_STATE, decode_answer, encode_adapter
 from fedgraft.privacy import Ledger, epsilon
+from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.privacy.ledger import Limit
 
 POLICY = """\

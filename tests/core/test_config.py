@@ -47,6 +47,12 @@ def test_sites_are_names_or_sections_in_the_order_of_their_names():
     assert config.data.sites[0].path == "/n.csv"
 
 
+@pytest.mark.parametrize("name", ["..", "../east", "a/b", "/etc", ".hidden", "a\\b", "east\n", "", "a b", "é"])
+def test_a_site_s_name_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match=r"data.sites"):
+        parse_config({"model": "m", "task": {"labels": ["a", "b"]}, "data": {"sites": [name]}})
+
+
 def test_a_quorum_of_zero_means_all_sites():
     assert parse_config(MINIMAL).quorum == 2
     assert parse_config(with_values(server={"quorum": 1})).quorum == 1

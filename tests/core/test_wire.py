@@ -251,6 +251,15 @@ def test_a_job_with_a_missing_or_mistyped_entry_is_refused(key, value, refused):
             decode_job(RecordDict({"job": record}))
 
 
+@pytest.mark.parametrize("key", ["run", "site", "fingerprint"])
+def test_a_job_of_endless_names_is_refused(key, refused):
+    """They would be written into the ledger and the logs of every site."""
+    record = JOB.to_record()
+    record[key] = "x" * 257
+    with refused(f"the server's job entry `{key}` is longer than 256 characters"):
+        decode_job(RecordDict({"job": record}))
+
+
 def test_a_job_with_an_extra_entry_is_refused(refused):
     record = JOB.to_record()
     record["shell"] = "rm"

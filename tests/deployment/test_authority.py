@@ -110,6 +110,21 @@ def test_signing_the_same_key_again_renews_its_certificate(signed: Authority, mo
     SiteKit.open(_site(signed)).identity()
 
 
+def test_a_key_whose_certificate_has_ended_is_not_signed_again_but_a_new_one_is(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = certificates.now() + timedelta(days=366)
+    monkeypatch.setattr(certificates, "now", lambda: at)
+    with pytest.raises(UserError, match=r"the certificate of site east ended on .*; first: fedgraft provision rotate"):
+        signed.sign(_site(signed) / "site.csr")
+    with pytest.raises(UserError, match=r"site.crt: expired on .*; run fedgraft site init --new-key"):
+        SiteKit.open(_site(signed)).identity()
+    signed.rotate("east")
+    make_key(_site(signed), new_key=True)
+    signed.sign(_site(signed) / "site.csr")
+    SiteKit.open(_site(signed)).identity()
+
+
 def test_a_site_rotates_its_key_and_the_old_one_is_never_taken_again(signed: Authority) -> None:
     kit, old = _site(signed), (_site(signed) / "site.key").read_bytes()
     shutil.copy(kit / "site.csr", kit / "old.csr")
@@ -156,6 +171,58 @@ def test_the_server_gets_a_new_key_under_the_same_authority(signed: Authority) -
     signed.rotate_server()
     assert (signed.kits / "server" / "server.key").read_bytes() != before
     ServerKit.open(signed.kits / "server")
+
+
+def test_a_new_authority_signs_all_anew_and_what_the_old_one_signed_is_worth_nothing(
+    signed: Authority, tmp_path: Path
+) -> None:
+    signed.revoke("north")
+    shutil.copytree(signed.kits, tmp_path / "before")
+    keys = {entry.public_key for entry in signed.sites.values()}
+    assert signed.rotate_authority() == ["east"]
+    again = Authority(signed.kits)
+    assert _members(again) == ["east"] and {entry.public_key for entry in again.sites.values()} == keys
+    ServerKit.open(signed.kits / "server")
+    kit = SiteKit.open(_site(signed))
+    kit.require_member()
+    assert (kit.folder / "site.key").read_bytes() == (tmp_path / "before/sites/east/site.key").read_bytes()
+    assert certificates.key_fingerprint(certificates.public_of(kit.authority)) in (kit.folder / "README.md").read_text()
+    for file, said in (
+        ("site.crt", "was not signed by this federation's authority"),
+        ("roster.json", "was not signed by this federation's authority"),
+    ):
+        new = (kit.folder / file).read_bytes()
+        shutil.copy(tmp_path / "before/sites/east" / file, kit.folder / file)
+        with pytest.raises(UserError, match=f"{file}: {said}"):
+            kit.require_member()
+        (kit.folder / file).write_bytes(new)
+    # Nor does who has the old ca.crt still take what the new one signed.
+    shutil.copy(kit.folder / "roster.json", tmp_path / "before/sites/east/roster.json")
+    with pytest.raises(UserError, match="was not signed by this federation's authority"):
+        SiteKit.open(tmp_path / "before/sites/east").roster()
+
+
+def test_a_new_authority_signs_no_site_whose_certificate_has_ended(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = certificates.now() + timedelta(days=366)
+    monkeypatch.setattr(certificates, "now", lambda: at)
+    assert signed.rotate_authority() == []
+
+
+def test_an_authority_that_broke_off_in_the_middle_is_made_again(
+    signed: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="no space left"):
+        broken.setattr(Authority, "write_kits", full)
+        signed.rotate_authority()
+    again = Authority(signed.kits)
+    assert again.rotate_authority() == ["east", "north"]
+    for name in ("east", "north"):
+        SiteKit.open(_site(again, name)).require_member()
 
 
 def test_provisioning_again_adds_sites_and_keeps_what_was_signed(

@@ -55,8 +55,8 @@ def test_it_refuses_another_name_another_authority_and_another_time(signer: Sign
 def test_a_site_cannot_pass_for_the_server_nor_sign_for_others(signer: Signer, tmp_path: Path) -> None:
     key = certificates.new_key()
     (tmp_path / "site.csr").write_bytes(certificates.new_request("east", key))
-    name, request = certificates.read_request(tmp_path / "site.csr")
-    certificate = certificates.site(request, name, 10, signer)
+    name, _ = certificates.read_request(tmp_path / "site.csr")
+    certificate = certificates.site(key.public_key(), name, 10, signer)
     store = verification.Store([signer.certificate])
     verifier = verification.PolicyBuilder().store(store).build_server_verifier(x509.DNSName("east"))
     with pytest.raises(verification.VerificationError):

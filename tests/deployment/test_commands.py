@@ -34,6 +34,7 @@ def test_from_a_file_to_a_signed_site(type_in: Callable[..., tuple[int, str, str
     (tmp_path / "federation.toml").write_text(text)
     code, out, _ = type_in("provision", "federation.toml", "--output", "kits")
     assert code == 0 and "authority: " in out and "has sent no key" in out and "expires" in out
+    anchor = next(line.split()[-1] for line in out.splitlines() if "authority: " in line)
     code, out, _ = type_in("site", "init", "--kit", "kits/sites/east")
     fingerprint = next(line.split()[-1] for line in out.splitlines() if "read to the coordinator" in line)
     assert code == 0 and len(fingerprint) == 71
@@ -42,6 +43,8 @@ def test_from_a_file_to_a_signed_site(type_in: Callable[..., tuple[int, str, str
     code, out, _ = type_in("provision", "sign", "kits/sites/east/site.csr", "--fingerprint", fingerprint)
     assert code == 0 and "NOT COMPARED" not in out
     assert type_in("provision", "rotate", "server")[0] == 0
+    code, told, _ = type_in("provision", "rotate", "authority")
+    assert code == 0 and "the keys of east" in told and told.split()[1] != anchor
     assert type_in("provision", "rotate", "east")[0] == 0
     assert "awaits a new key" in type_in("provision", "status")[1]
     assert type_in("provision", "revoke", "east")[0] == 0

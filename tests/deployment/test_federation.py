@@ -36,6 +36,8 @@ def test_an_address_is_a_host_and_a_port(tmp_path: Path, address: str, host: str
         (GOOD.replace('"east"', '"../east"'), "`site.0.name`"),
         (GOOD.replace('"east"', '""'), "`site.0.name`"),
         (GOOD + '[[site]]\nname = "EAST"\n', "two sites are called east"),
+        (GOOD + '[[site]]\nname = "Server"\n', "`server` is no name for a site"),
+        (GOOD.replace("fed.example.org", "fed.example.org\\n"), "neither a host name nor an IP address"),
         (GOOD.split("[[site]]")[0], "`site` is missing"),
         (GOOD + "[certificates]\nsite_days = 0\n", "`certificates.site_days`"),
         (GOOD.replace("[[site]]", 'listen = "everywhere"\n[[site]]'), "`server.listen` write an IP address"),

@@ -12,7 +12,7 @@ import pytest
 from fedgraft.core.errors import UserError
 from fedgraft.deployment import certificates
 from fedgraft.deployment.authority import Authority
-from fedgraft.deployment.kits import ServerKit, SiteKit
+from fedgraft.deployment.kits import ServerKit, SiteKit, remember_roster
 
 
 def _open(kit: Path) -> object:
@@ -62,7 +62,10 @@ def test_what_others_may_read_does_not_open(signed: Authority, kit: str, file: s
 
 @pytest.mark.parametrize(
     ("kit", "mend"),
-    [("sites/east", "the coordinator signs it once more"), ("server", "fedgraft provision rotate server")],
+    [
+        ("sites/east", "fedgraft site init --new-key"),
+        ("server", "fedgraft provision rotate server"),
+    ],
 )
 def test_an_expired_certificate_does_not_open(
     signed: Authority, kit: str, mend: str, monkeypatch: pytest.MonkeyPatch
@@ -90,3 +93,27 @@ def test_files_of_another_site_or_another_federation_do_not_open(
         shutil.copy(other / file, signed.kits / "server" / file)
         with pytest.raises(UserError, match=r"was not signed|is not the certificate of the key"):
             _open(signed.kits / "server")
+
+
+@pytest.mark.parametrize("kit", ["server", "sites/north"])
+def test_a_roster_from_before_is_not_taken_for_the_newest(
+    signed: Authority, found: Callable[..., Authority], kit: str
+) -> None:
+    folder = signed.kits / kit
+    opened = ServerKit.open(folder) if kit == "server" else SiteKit.open(folder)
+    opened.state.mkdir(exist_ok=True)
+    old = (folder / "roster.json").read_bytes()
+    assert opened.roster().member("east") is not None
+    signed.revoke("east")
+    assert opened.roster().member("east") is None
+    remember_roster(opened, opened.roster())
+    (folder / "roster.json").write_bytes(old)
+    with pytest.raises(UserError, match=r"roster.json: is number 2, and number 3 was in force here already"):
+        opened.roster()
+    memory = opened.state / "roster-number.json"
+    assert memory.stat().st_mode & 0o777 == 0o600
+    memory.write_text("[]")
+    with pytest.raises(UserError, match=r"roster-number.json: cannot be read; remove it once"):
+        opened.roster()
+    memory.unlink()
+    opened.roster()

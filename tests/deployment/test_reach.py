@@ -138,3 +138,24 @@ def test_nobody_there_no_such_host_and_another_service_are_told_apart(
         reach("no-such-host.invalid", 9092, tmp_path / "ca.crt")
     with pytest.raises(UserError, match="answered 404 and is no SuperLink"):
         reach("127.0.0.1", serving(signer, status=404), tmp_path / "ca.crt")
+
+
+def test_a_site_s_certificate_makes_no_server(serving: Callable[..., int], signer: Signer, tmp_path: Path) -> None:
+    """A site cannot play the server to another one, not even under a name that would fit."""
+    key = certificates.new_key()
+    made = certificates.site(key.public_key(), "127.0.0.1", 10, signer)
+    port = serving(signer)
+    server = HTTPServer(("127.0.0.1", 0), _Health)
+    (tmp_path / "site.crt").write_bytes(certificates.certificate_pem(made))
+    certificates.write_key(tmp_path / "site.key", key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "site.crt", tmp_path / "site.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        with pytest.raises(UserError, match=r"its certificate is not signed by"):
+            reach("127.0.0.1", int(server.server_port), tmp_path / "ca.crt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    reach("127.0.0.1", port, tmp_path / "ca.crt")

@@ -13,6 +13,7 @@ import pytest
 
 from fedgraft import cli
 from fedgraft.privacy.accounting import Event, epsilon
+from fedgraft.privacy.auditlog import AuditLog
 from fedgraft.privacy.journal import Journal
 from fedgraft.privacy.ledger import Ledger
 
@@ -107,6 +108,18 @@ def test_a_servers_ledger_is_shown_with_those_of_the_sites(fedgraft: Callable[..
     central, north = json.loads(fedgraft("show", run, "--json")[1])["ledgers"]
     assert (central["unit"], north["unit"]) == ("site", "patient")
     assert "central-ledger.jsonl: 1 line," in fedgraft("verify", run)[1]
+
+
+def test_a_site_that_has_refused_all_so_far_has_an_audit_log_and_spent_nothing(
+    fedgraft: Callable[..., Any], tmp_path: Path
+) -> None:
+    AuditLog(tmp_path).write("refused", why="the policy")
+    code, out, err = fedgraft("verify", tmp_path)
+    assert (code, err) == (0, "") and f"{tmp_path / 'audit.jsonl'}: 1 line," in out
+    assert fedgraft("show", tmp_path)[:2] == (0, f"{tmp_path}: nothing was spent\n")
+    AuditLog(tmp_path).write("left", privacy={"ledger": "ab" * 32})
+    code, _, err = fedgraft("verify", tmp_path)
+    assert code == 2 and "line 2 says that an answer left under ledger line abab" in err
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])

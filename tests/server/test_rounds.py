@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,7 +25,10 @@ from fedgraft.core.update import PrivacyStatement
 from fedgraft.core.wire import FAULTS
 from fedgraft.privacy import Ledger
 from fedgraft.privacy import epsilon as epsilon_of
+from fedgraft.server.app import run_on
+from fedgraft.simulations import run as runs
 from fedgraft.simulations.engines import inprocess
+from fedgraft.simulations.engines.local import FIRST_NODE
 from fedgraft.simulations.scenario import site_data
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "run-directory.md"
@@ -487,6 +491,34 @@ class Changing:
             self.times -= 1
             self.change(reply.content)
         return reply
+
+
+class FourNodes(inprocess.InProcessGrid):
+    """One more node than the run has sites."""
+
+    def get_node_ids(self) -> list[int]:
+        last = max(super().get_node_ids())
+        return [*super().get_node_ids(), last + 1]
+
+
+def test_a_registered_site_that_the_job_leaves_out_is_asked_for_nothing_and_named_once(
+    tiny_federation: Any, tinyfederation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, asked, notes = [*tinyfederation.SITES, "west"], [], tinyfederation.Notes()
+
+    def between(site: str, message: Message, answer: Answer) -> Message:
+        asked.append(message.metadata.dst_node_id)
+        return answer()
+
+    config = tiny_federation.config()
+    monkeypatch.setattr(runs, "InProcessGrid", FourNodes)
+    monkeypatch.setattr(runs, "run_on", partial(run_on, registered=lambda node: names[node - FIRST_NODE - 1]))
+    run = tiny_federation.run(config, tmp_path / "run", between, notes)
+    assert run["status"] == "finished" and sorted(run["sites"]) == list(tinyfederation.SITES)
+    assert set(asked) == {FIRST_NODE + 1, FIRST_NODE + 2, FIRST_NODE + 3}
+    assert [text for text in notes.texts if "west" in text] == [
+        "site west is connected, and rests: data.sites does not list it"
+    ]
 
 
 def _named(name: str) -> Callable[[RecordDict], None]:

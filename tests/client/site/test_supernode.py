@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,13 @@ from fedgraft.client.site import supernode
 from fedgraft.client.site.keys import make_key
 from fedgraft.client.site.trust import write_roster
 from fedgraft.core.errors import UserError
+from fedgraft.deployment import certificates
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import SiteKit
+from fedgraft.deployment.reach import reach
+from fedgraft.privacy import Ledger
+from fedgraft.privacy.accounting import Event
+from fedgraft.privacy.auditlog import AuditLog, audit_journal
 from fedgraft.privacy.securesum.identity import load_roster, load_signing_key, sign
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
@@ -92,3 +102,90 @@ def test_a_site_that_is_ready_is_let_through_and_one_that_is_not_starts_nothing(
     with pytest.raises(UserError, match="chmod 600"):
         supernode.start(kit, print)
     assert started == []
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["site"], line["kind"]) for line in log] == [("refused", "east", "start")] * 4
+    for line, why in zip(log, ("clock is 3600 s behind", "policy.toml", "does not list", "chmod 600"), strict=True):
+        assert why in line["why"] and "\n" not in line["why"]
+
+
+@pytest.mark.parametrize(
+    ("flower", "said"),
+    [
+        ("Failed to activate SuperNode: 401 Unauthorized", "does not know this site's key: not signed yet"),
+        ("SuperNode terminated gracefully", "takes this site's key no more: revoked or expired"),
+    ],
+)
+def test_a_site_that_the_server_turns_away_says_so_in_one_line_and_in_its_audit_log(
+    kit: SiteKit, monkeypatch: pytest.MonkeyPatch, flower: str, said: str
+) -> None:
+    monkeypatch.setattr(supernode, "supernode_command", lambda *a: [sys.executable, "-c", f"print({flower!r})"])
+    waits = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(supernode, "worker_command", lambda *a: waits)
+    with pytest.raises(UserError, match=said) as refused:
+        supernode.start(kit, print)
+    (line,) = audit_journal(kit.state / "audit.jsonl").entries()
+    assert (line["event"], line["kind"], line["why"]) == ("refused", "start", str(refused.value))
+
+
+def test_a_site_whose_certificate_has_ended_starts_nothing_and_writes_it_down(
+    kit: SiteKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernode, "launch", None)
+    at = certificates.now() + timedelta(days=366)
+    monkeypatch.setattr(certificates, "now", lambda: at)
+    with pytest.raises(UserError, match=r"site.crt: expired on .*; run fedgraft site init --new-key"):
+        supernode.start(kit, print)
+    (line,) = audit_journal(kit.state / "audit.jsonl").entries()
+    assert line["event"] == "refused" and "site.crt: expired on" in line["why"]
+
+
+def test_a_site_whose_ledgers_were_lost_or_put_back_from_a_copy_does_not_take_part(
+    kit: SiteKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernode, "launch", None)
+    ledger = Ledger(kit.state / "ledgers", "ab" * 32, dataset="letters")
+    first = ledger.reserve(Event(1.0, 0.1, 3), split="s").line
+    (file,) = (kit.state / "ledgers").glob("*.jsonl")
+    copy = file.read_bytes()
+    second = ledger.reserve(Event(1.0, 0.1, 3), split="s").line
+    for line in (first, second):
+        AuditLog(kit.state).write("left", kind="train", privacy={"ledger": line})
+    supernode.require_ready(kit)
+    file.write_bytes(copy)
+    with pytest.raises(UserError, match=r"audit.jsonl: line 2 says that an answer left .* more was spent than it says"):
+        supernode.start(kit, print)
+    file.unlink()
+    with pytest.raises(UserError, match=r"audit.jsonl: line 1 says that an answer left"):
+        supernode.start(kit, print)
+    assert [line["event"] for line in audit_journal(kit.state / "audit.jsonl").entries()] == [
+        *["left"] * 2,
+        *["refused"] * 2,
+    ]
+
+
+def test_a_server_without_tls_hears_the_beginning_of_tls_and_nothing_of_the_site(
+    kit: SiteKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                heard.append(connection.recv(1 << 16))
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    heard.append(connection.recv(1 << 16))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(supernode, "reach", lambda host, _, authority: reach("127.0.0.1", port, authority))
+        monkeypatch.setattr(supernode, "launch", None)
+        with pytest.raises(UserError, match="speaks no TLS, so nothing is sent there"):
+            supernode.start(kit, print)
+        thread.join()
+    assert heard[0][:2] == b"\x16\x03" and all(sent[:1] in (b"", b"\x15") for sent in heard[1:]), "TLS and its alert"
+    assert not any(word in sent for sent in heard for word in (b"HTTP", b"GET", b"east"))
+    (line,) = audit_journal(kit.state / "audit.jsonl").entries()
+    assert line["event"] == "refused" and "speaks no TLS" in line["why"]

@@ -80,7 +80,7 @@ def test_files_that_are_not_there_or_hold_no_key_are_told_of(tmp_path):
 def test_other_kinds_of_public_keys_are_refused(tmp_path):
     text = rsa.generate_private_key(65537, 2048).public_key().public_bytes(FORMS["openssh"][1], FORMS["openssh"][2])
     (tmp_path / "roster.toml").write_text(f'[sites]\neast = "{text.decode()}"\n', encoding="utf-8")
-    with pytest.raises(PrivateError, match="site east has not an Ed25519"):
+    with pytest.raises(PrivateError, match="site east: its key is not an Ed25519"):
         load_roster(tmp_path / "roster.toml")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from flwr.common.config import get_fab_config
 from fedgraft.client.site.keys import make_key
 from fedgraft.core.config import RunConfig, config_from_json
 from fedgraft.core.errors import UserError
+from fedgraft.deployment import certificates, roster
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import ServerKit
+from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.server.deployed import jobs
-from fedgraft.server.deployed.control import Control, Run
+from fedgraft.server.deployed.control import Control, Run, TakenError
 from fedgraft.server.deployed.serving import reconcile
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n[[site]]\nname = "north"\n'
@@ -30,6 +33,8 @@ class Link:
         self.listed = runs or []
         self.known: dict[int, Any] = {}
         self.sent: list[Any] = []
+        self.stopped: list[int] = []
+        self.let_go: set[str] = set()
 
     def runs(self) -> list[Run]:
         return self.listed
@@ -38,18 +43,23 @@ class Link:
         self.sent.append((bundle, settings))
         return len(self.sent)
 
+    def stop(self, run: int) -> None:
+        self.stopped.append(run)
+
     def nodes(self) -> list[Any]:
         return list(self.known.values())
 
     def register(self, name: str, public_key: str) -> int:
         from fedgraft.server.deployed.control import Node
 
-        number = 100 + len(self.known)
+        if public_key in self.let_go:
+            raise TakenError(f"{name}: its key was let go before")
+        number = 100 + len(self.known) + len(self.let_go)
         self.known[number] = Node(number, name, public_key, "registered")
         return number
 
     def unregister(self, node: int) -> None:
-        del self.known[node]
+        self.let_go.add(self.known.pop(node).public_key)
 
 
 @pytest.fixture
@@ -93,6 +103,30 @@ def test_a_job_gets_a_name_and_starts(kit: ServerKit, config: RunConfig) -> None
     assert name.startswith("tiny-20")
     assert link.sent[0][1] == {"output": name}
     assert jobs.submit(kit, link, config, "second")[0] == "second"  # type: ignore[arg-type]
+    link.listed.append(Run(2, "second", "running", "", "", ""))
+    assert jobs.stop(kit, link, "second").id == 2 and link.stopped == [2]  # type: ignore[arg-type]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["run"]) for line in log] == [
+        ("submitted", name),
+        ("submitted", "second"),
+        ("stopped", "second"),
+    ]
+    assert (log[0]["job"], log[0]["sites"]) == (config.digest(), ["east", "north"])
+    assert log[0]["bundle"] == link.sent[0][0].hash_str
+
+
+def test_what_the_audit_log_cannot_hold_is_not_done(kit: ServerKit, config: RunConfig) -> None:
+    link: Any = Link([Run(2, "second", "running", "", "", "")])
+    link.register("stranger", "a key that nobody signed")
+    (kit.state / "audit.jsonl").mkdir()
+    for act in (
+        lambda: jobs.submit(kit, link, config),
+        lambda: jobs.stop(kit, link, "second"),
+        lambda: reconcile(kit, link, set()),
+    ):
+        with pytest.raises(UserError, match="the audit log cannot be written"):
+            act()
+    assert link.sent == [] and link.stopped == [] and [node.name for node in link.nodes()] == ["stranger"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", "-x", "x" * 101])
@@ -177,29 +211,65 @@ def test_a_finished_job_is_fetched_without_its_checkpoints(kit: ServerKit, tmp_p
 def test_the_superlink_knows_the_roster_and_nobody_else(kit: ServerKit, authority: Authority) -> None:
     link: Any = Link()
     link.register("stranger", "a key that nobody signed")
-    said = reconcile(kit, link)
+    said = reconcile(kit, link, set())
     assert {node.name for node in link.nodes()} == {"east", "north"}
     assert sum("may connect" in line for line in said) == 2 and any("stranger: refused" in line for line in said)
     assert sorted(json.loads(kit.nodes.read_text()).values()) == ["east", "north"]
-    assert reconcile(kit, link) == []
+    assert reconcile(kit, link, set()) == []
     authority.revoke("east")
-    assert [line.split(":")[0] for line in reconcile(kit, link)] == ["east"]
+    assert [line.split(":")[0] for line in reconcile(kit, link, set())] == ["east"]
     assert list(json.loads(kit.nodes.read_text()).values()) == ["north"]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line.get("site")) for line in log] == [
+        ("unregistered", "stranger"),
+        ("registered", "east"),
+        ("registered", "north"),
+        ("unregistered", "east"),
+    ]
+    assert (log[3]["why"], log[3]["key"]) == ("its key is not on the roster", log[1]["key"])
 
 
-def test_a_key_registered_under_another_s_name_is_put_right(kit: ServerKit) -> None:
+def test_a_site_whose_certificate_ends_is_registered_no_more(
+    kit: ServerKit, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link: Any = Link()
-    member = kit.roster().members[0]
-    link.register("north" if member.name == "east" else "east", member.public_key)
-    reconcile(kit, link)
-    assert {node.public_key: node.name for node in link.nodes()} == {m.public_key: m.name for m in kit.roster().members}
+    reconcile(kit, link, set())
+    monkeypatch.setattr(roster, "now", lambda: certificates.now() + timedelta(days=366))
+    said = reconcile(kit, link, set())
+    assert link.nodes() == [] and json.loads(kit.nodes.read_text()) == {}
+    assert said == [f"{name}: refused from now on; its certificate has ended" for name in ("east", "north")]
+    log = audit_journal(kit.state / "audit.jsonl").entries()
+    assert [(line["event"], line["why"]) for line in log[2:]] == [("unregistered", "its certificate has ended")] * 2
+
+
+def test_a_key_registered_under_another_s_name_stands_for_nobody_and_does_not_stop_the_others(kit: ServerKit) -> None:
+    link: Any = Link()
+    east, north = kit.roster().members
+    link.register("north", east.public_key)
+    taken: set[str] = set()
+    said = reconcile(kit, link, taken)
+    assert [(node.name, node.public_key) for node in link.nodes()] == [("north", north.public_key)]
+    assert "east: its key was let go before" in said and taken == {east.public_key}
+    lines = len(audit_journal(kit.state / "audit.jsonl").entries())
+    assert reconcile(kit, link, taken) == [] and len(audit_journal(kit.state / "audit.jsonl").entries()) == lines
 
 
 def test_a_roster_that_another_signed_changes_nothing(kit: ServerKit, authority: Authority, tmp_path: Path) -> None:
     link: Any = Link()
-    reconcile(kit, link)
+    reconcile(kit, link, set())
     other = Authority.create(tmp_path / "federation.toml", tmp_path / "others")
     (kit.folder / "roster.json").write_bytes((other.kits / "roster.json").read_bytes())
     with pytest.raises(UserError, match="was not signed by this federation's authority"):
-        reconcile(kit, link)
+        reconcile(kit, link, set())
     assert len(link.nodes()) == 2
+
+
+def test_a_roster_from_before_a_revocation_lets_nobody_back_in(kit: ServerKit, authority: Authority) -> None:
+    link: Any = Link()
+    old = (kit.folder / "roster.json").read_bytes()
+    authority.revoke("east")
+    reconcile(kit, link, set())
+    (kit.folder / "roster.json").write_bytes(old)
+    with pytest.raises(UserError, match=r"is number 2, and number 3 was in force here already"):
+        reconcile(kit, link, set())
+    assert [node.name for node in link.nodes()] == ["north"]

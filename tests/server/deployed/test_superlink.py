@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.superlink import extensions
-from starlette.middleware import Middleware
 
+from fedgraft.core.errors import UserError
+from fedgraft.deployment import certificates
+from fedgraft.deployment.authority import Authority
+from fedgraft.deployment.kits import SERVER_KIT
+from fedgraft.privacy.auditlog import AuditLog, audit_journal
 from fedgraft.server.deployed import superlink
-from fedgraft.server.deployed.superlink import OwnMachine, own_machine
+from fedgraft.server.deployed.superlink import OwnMachine, Witness, own_machine
 
 SITE, SERVER = ("10.0.0.9", 40000), ("10.0.0.7", 9092)
 
@@ -59,7 +65,57 @@ def test_no_other_address_is_this_machine(client: str) -> None:
     assert not own_machine({"client": (client, 1), "server": None})
 
 
-def test_flower_puts_the_guard_in_front_of_all_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+# What is written down
+
+
+def _seen(folder: Path, *requests: tuple[str, int, dict[str, str]]) -> list[dict[str, Any]]:
+    """The audit log after requests (path, status of the answer, headers) from a site."""
+    witness = Witness(None, AuditLog(folder))  # type: ignore[arg-type]
+
+    async def send(message: Any) -> None:
+        return None
+
+    for path, status, headers in requests:
+
+        async def app(scope: Any, receive: Any, send: Any, status: int = status) -> None:
+            await send({"type": "http.response.start", "status": status, "headers": []})
+
+        witness.app = app
+        sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "path": path, "client": SITE, "server": SERVER, "headers": sent}
+        asyncio.run(witness(scope, None, send))  # type: ignore[arg-type]
+    return audit_journal(folder / "audit.jsonl").entries()
+
+
+def test_a_key_that_is_turned_away_is_in_the_audit_log_by_its_fingerprint_and_once(tmp_path: Path) -> None:
+    key = certificates.new_key().public_key()
+    header = {"flwr-public-key": base64.b64encode(certificates.public_pem(key).encode()).decode()}
+    stranger = ("/v1/fleet/activate-node", 401, header)
+    first, second = _seen(tmp_path, stranger, stranger, ("/v1/fleet/activate-node", 401, {"flwr-public-key": "?"}))
+    assert (first["event"], first["address"], first["key"]) == ("refused", SITE[0], certificates.key_fingerprint(key))
+    assert second["key"] == "none that can be read"
+
+
+def test_commands_are_in_the_audit_log_whoever_gave_them_and_other_requests_are_not(tmp_path: Path) -> None:
+    fine = [("/v1/fleet/pull-messages", 200, {}), ("/health", 200, {}), ("/v1/control/list-nodes", 200, {})]
+    given, refused = _seen(tmp_path, *fine, ("/v1/control/start-run", 200, {}), ("/v1/control/start-run", 403, {}))
+    assert (given["event"], given["call"], given["status"]) == ("control", "start-run", 200)
+    assert (refused["event"], refused["why"]) == ("refused", "from another machine")
+
+
+def test_strangers_cannot_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "_MOST", 5)
+    found = _seen(tmp_path, *((f"/{number}" + "x" * 10**6, 403, {}) for number in range(20)))
+    assert len(found) == 5 and (tmp_path / "audit.jsonl").stat().st_size < 5000
+
+
+def test_a_full_disk_does_not_let_a_stranger_in(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        _seen(tmp_path, ("/v1/fleet/activate-node", 401, {}))
+
+
+def test_flower_puts_the_guard_in_front_of_all_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.superlink.main import create_app
 
     found: list[Any] = []
@@ -67,6 +123,11 @@ def test_flower_puts_the_guard_in_front_of_all_it_serves(monkeypatch: pytest.Mon
     monkeypatch.setattr(superlink, "flower_superlink", lambda: found.append(create_app()))
     monkeypatch.setattr(superlink, "start_parent_process_monitor", lambda pid: None)
     monkeypatch.setattr(extensions, "get_middleware", extensions.get_middleware)
+    (tmp_path / "federation.toml").write_text(
+        'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
+    )
+    Authority.create(tmp_path / "federation.toml", tmp_path / "kits")
+    monkeypatch.setenv(SERVER_KIT, str(tmp_path / "kits" / "server"))
     superlink.main()
     (app,) = found
-    assert isinstance(app.user_middleware[0], Middleware) and app.user_middleware[0].cls is OwnMachine
+    assert [entry.cls for entry in app.user_middleware[:2]] == [Witness, OwnMachine]

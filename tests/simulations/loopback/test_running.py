@@ -21,6 +21,7 @@ from fedgraft.deployment.files import write
 from fedgraft.deployment.kits import SiteKit
 from fedgraft.deployment.processes import Stopped
 from fedgraft.privacy import Ledger
+from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.server.deployed import jobs, serving
 from fedgraft.server.deployed.control import Control
 from fedgraft.server.rundir import read_run
@@ -45,7 +46,8 @@ def test_a_server_starts_knows_the_roster_and_refuses_who_is_not_on_it(loopback:
     kit, before, heard = loopback.server, _descendants(), []
     rogue = SiteKit.open(loopback.site("east"))
     # A key that the authority never signed, behind the site's own checks.
-    certificates.write_key(rogue.key, certificates.new_key(), ssh=True)
+    key = certificates.new_key()
+    certificates.write_key(rogue.key, key, ssh=True)
 
     def say(line: str) -> None:
         heard.append(line)
@@ -63,6 +65,14 @@ def test_a_server_starts_knows_the_roster_and_refuses_who_is_not_on_it(loopback:
     serving.serve(kit, say)
     assert heard[0].startswith("serving development at 127.0.0.1:")
     assert _descendants() == before, "nothing that was started goes on"
+    told = [line for line in audit_journal(kit.state / "audit.jsonl").entries() if line["event"] != "control"]
+    assert [(line["event"], line.get("site")) for line in told] == [
+        *(("registered", name) for name in ("east", "north", "south")),
+        ("refused", None),
+    ]
+    assert told[-1]["key"] == certificates.key_fingerprint(key.public_key())
+    line = audit_journal(rogue.state / "audit.jsonl").entries()[-1]
+    assert (line["event"], line["kind"]) == ("refused", "start") and "does not know this site's key" in line["why"]
     assert (kit.folder / "logs" / "superlink.log").stat().st_mode & 0o777 == 0o600
 
 

@@ -1,4 +1,4 @@
-"""The site's own account of every decision and of everything that left: lines that hang together by their hashes."""
+"""An account of every decision, kept by who decides: lines that hang together by their hashes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.watching import logs
-from ..privacy.journal import Journal
+from .journal import DamagedError, Journal
+from .ledger import ledger_file
 
-#: Its name in the site's folder.
+#: Its name in the folder of a site, or of a server's state.
 FILE = "audit.jsonl"
+#: The folder beside it in which a site's ledgers lie.
+LEDGERS = "ledgers"
 #: What of a line the log is told too: no numbers about the people of the site.
 _LOGGED = ("site", "kind", "run", "round", "job", "dataset", "why", "rule", "did", "code", "bytes", "seconds")
 
@@ -27,7 +30,7 @@ def audit_journal(path: Path, *, durable: bool = True) -> Journal:
 
 
 class AuditLog:
-    """``audit.jsonl`` in the site's ``folder``; ``None`` keeps none (for tests)."""
+    """``audit.jsonl`` in ``folder``; ``None`` keeps none (for tests)."""
 
     def __init__(self, folder: Path | None, *, durable: bool = True) -> None:
         self._journal = audit_journal(folder / FILE, durable=durable) if folder is not None else None
@@ -38,3 +41,18 @@ class AuditLog:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._journal.append({"time": time, "event": event, **values})
             logs.event("audit", event, **{key: values[key] for key in _LOGGED if key in values})
+
+
+def require_ledger_of_audit(folder: Path) -> None:
+    """Raise :class:`DamagedError` when an answer left the site under a line that its ledgers hold no longer."""
+    held = {entry["sha256"] for file in (folder / LEDGERS).glob("*.jsonl") for entry in ledger_file(file).entries()}
+    path = folder / FILE
+    for number, entry in enumerate(audit_journal(path).entries(), 1):
+        under = (entry.get("privacy") or {}).get("ledger")
+        if under and under not in held:
+            raise DamagedError(
+                path,
+                number,
+                f"says that an answer left under ledger line {under[:16]}, which {folder / LEDGERS} does not hold: "
+                "a ledger was lost or put back from an old copy, and more was spent than it says; restore the newest",
+            )
