@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,19 @@ def prepared(tiny: bool, rounds: int, private: bool, scratch: Path) -> RunConfig
 
 
 @contextmanager
-def fedgraft(config: RunConfig, scratch: Path) -> Iterator[tuple[Processes, Path, Callable[[], None]]]:
-    """A provisioned federation: its processes, the run directory, and what fails once the job has ended badly."""
+def fedgraft(config: RunConfig, scratch: Path) -> Iterator[tuple[Processes, Path]]:
+    """A provisioned federation: its processes, and the run directory."""
     loopback = Loopback(scratch / "federation", config)
     loopback.provision()
     with loopback.running(print):
         control = Control(loopback.server)
-        name, number = jobs.submit(loopback.server, control, config, "measured")
-        yield loopback.processes, loopback.server.runs / name, lambda: jobs.find(control, str(number))
+        name, _ = jobs.submit(loopback.server, control, config, "measured")
+        yield loopback.processes, loopback.server.runs / name
         control.close()
 
 
 @contextmanager
-def flower(config: RunConfig, scratch: Path) -> Iterator[tuple[Processes, Path, Callable[[], None]]]:
+def flower(config: RunConfig, scratch: Path) -> Iterator[tuple[Processes, Path]]:
     """Flower's own commands, which start a process for each message."""
     home, link, output = scratch / "flwr", f"127.0.0.1:{free_port()}", scratch / "run"
     home.mkdir()
@@ -108,7 +108,7 @@ def flower(config: RunConfig, scratch: Path) -> Iterator[tuple[Processes, Path, 
         done = subprocess.run(command, env=surroundings, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"flwr run: {done.stdout}{done.stderr}")
-        yield processes, output, lambda: None
+        yield processes, output
     finally:
         for process in reversed(processes.values()):
             end(process)
@@ -136,7 +136,7 @@ def memory(processes: Processes) -> dict[str, int]:
 def measured(way: str, config: RunConfig, scratch: Path, seconds: float) -> dict[str, Any]:
     began = time.monotonic()
     most: dict[str, int] = {}
-    with (flower if way == "flower" else fedgraft)(config, scratch) as (processes, output, _):
+    with (flower if way == "flower" else fedgraft)(config, scratch) as (processes, output):
         while True:
             with contextlib.suppress(OSError, ValueError):
                 run = json.loads((output / "run.json").read_text())

@@ -66,12 +66,12 @@ def submit(
 
     opened = ServerKit.open(kit)
     control = Control(opened)
-    name, number = jobs.submit(opened, control, load_config(config, overrides or []), name, resume)
+    name, _ = jobs.submit(opened, control, load_config(config, overrides or []), name, resume)
     print(name)
     if follow:
-        for text in control.logs(number, follow=True):
+        for text in jobs.follow(opened, control, name):
             print(text, end="", flush=True)
-        jobs.require_completed(control, number)
+        jobs.require_completed(opened, control, name)
 
 
 @job.command()

@@ -7,8 +7,11 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.cli.build import build_fab_from_files
 from flwr.supercore.fab import Fab
@@ -20,10 +23,13 @@ from ...deployment.kits import ServerKit
 from ...privacy.auditlog import AuditLog
 from ..files import cannot_write
 from .control import Control, Run
+from .pending import OVER, Pending
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _POLL = 0.5
-_OVER = ("completed", "failed", "stopped")
+_T = TypeVar("_T")
+#: Seconds for which a server that does not answer is waited for: it may be on its way back.
+_PATIENCE = 60.0
 
 
 def bundle(config: RunConfig) -> Fab:
@@ -75,20 +81,30 @@ def submit(kit: ServerKit, control: Control, config: RunConfig, name: str = "", 
             "there is no such run to resume" if resume else "a job had this name before; choose another, or --resume it"
         )
         raise UserError(f"{kit.runs / name}: {mend}")
-    if any(run.name == name and run.status not in _OVER for run in control.runs()):
+    if any(run.name == name and run.status not in OVER for run in control.runs()):
         raise UserError(f"{name}: is still running; stop it first: fedgraft job stop {name}")
-    settings = {"output": name} | ({"resume": name} if resume else {})
-    made = bundle(config)
     AuditLog(kit.state).write(
-        "submitted", run=name, job=config.digest(), bundle=made.hash_str, sites=list(config.site_names)
+        "submitted", run=name, job=config.digest(), bundle=bundle(config).hash_str, sites=list(config.site_names)
     )
-    return name, control.submit(made, settings)
+    number = start(control, config, name, resume=bool(resume))
+    # Afterwards: until Flower knows the run, the job would be taken for one whose process has died.
+    Pending(name, config.to_json()).keep(kit)
+    return name, number
+
+
+def start(control: Control, config: RunConfig, name: str, *, resume: bool) -> int:
+    """Have Flower run the job ``name``; returns Flower's number for it."""
+    return control.submit(bundle(config), {"output": name} | ({"resume": name} if resume else {}))
 
 
 def stop(kit: ServerKit, control: Control, which: str) -> Run:
     """End the job ``which`` (see :func:`find`); returns it. Raises :class:`UserError`."""
     run = find(control, which)
     AuditLog(kit.state).write("stopped", run=run.name, number=run.id)
+    pending = Pending.of(kit, run.name)
+    if pending is not None:
+        # First, or it would be taken for one whose process has died.
+        replace(pending, stopped=True).keep(kit)
     control.stop(run.id)
     return run
 
@@ -105,12 +121,48 @@ def find(control: Control, which: str) -> Run:
     return found[-1]
 
 
-def require_completed(control: Control, number: int) -> None:
-    """Wait until the run ``number`` is over. Raises :class:`UserError` unless it was completed."""
-    while (run := find(control, str(number))).status not in _OVER:
+def follow(kit: ServerKit, control: Control, name: str) -> Iterator[str]:
+    """The lines of the job ``name`` until it is over, also of the runs in which it goes on after a crash.
+
+    Raises :class:`UserError` where the server does not come back.
+    """
+    heard: set[int] = set()
+    while True:
+        over = Pending.of(kit, name) is None
+        run = _patiently(lambda: find(control, name))
+        if run.id not in heard:
+            heard.add(run.id)
+            try:
+                yield from control.logs(run.id, follow=True)
+            except UserError:
+                # The server has died; whether it comes back, the next question tells.
+                continue
+        elif over:
+            return
+        else:
+            time.sleep(_POLL)
+
+
+def require_completed(kit: ServerKit, control: Control, name: str) -> None:
+    """Wait until the job ``name`` is over. Raises :class:`UserError` unless it was completed."""
+    while Pending.of(kit, name) is not None or _patiently(lambda: find(control, name)).status not in OVER:
+        _patiently(control.runs)
         time.sleep(_POLL)
+    run = _patiently(lambda: find(control, name))
     if run.status != "completed":
         raise UserError(f"{run.name}: {run.status}{f': {run.details}' if run.details else ''}")
+
+
+def _patiently(ask: Callable[[], _T]) -> _T:
+    """What ``ask`` gives, once the server answers. Raises :class:`UserError` where it does not for a minute."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return ask()
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL)
 
 
 def fetch(kit: ServerKit, which: str, output: Path) -> Path:

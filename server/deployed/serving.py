@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,15 @@ from ...deployment.reach import reach
 from ...deployment.roster import Member
 from ...privacy.auditlog import AuditLog
 from .control import Control, TakenError
+from .pending import revive
 
 _POLL = 0.2
 _ROSTER_POLL = 2.0
 _STARTUP = 90.0
+#: Seconds for which a port is waited for.
+_FREED = 10.0
+#: A SuperLink that dies more than so often within so many seconds is not started again.
+_DEATHS, _WITHIN = 5, 600.0
 
 
 def superlink_command(kit: ServerKit) -> list[str]:
@@ -41,31 +47,63 @@ def superlink_command(kit: ServerKit) -> list[str]:
 def serve(kit: ServerKit, say: Callable[[str], None]) -> None:
     """Run the server of ``kit`` until Ctrl-C or SIGTERM, and end all that was started.
 
-    Raises :class:`UserError` for what keeps it from starting, or ends it.
+    A SuperLink that dies is started again, and jobs that died go on, see :func:`~.pending.revive`. Raises
+    :class:`UserError` for what keeps it from starting, or when the SuperLink does not stay up.
     """
-    server = kit.settings.server
-    require_free(server.listen, server.port)
     for folder in (kit.runs, kit.state):
         private_folder(folder)
+    deaths: deque[float] = deque(maxlen=_DEATHS)
+    with ended_on_signals():
+        while True:
+            try:
+                _serve_once(kit, say, again=bool(deaths))
+            except _DiedError as error:
+                if len(deaths) == _DEATHS and time.monotonic() - deaths[0] < _WITHIN:
+                    raise UserError(f"{error}; it died {_DEATHS + 1} times in {_WITHIN / 60:.0f} minutes") from None
+                deaths.append(time.monotonic())
+                say(f"{error}; it is started again")
+                time.sleep(len(deaths))
+
+
+class _DiedError(UserError):
+    """The SuperLink was up, and has ended."""
+
+
+def _serve_once(kit: ServerKit, say: Callable[[str], None], *, again: bool) -> None:
+    server = kit.settings.server
+    _require_port(server.listen, server.port)
     log = kit.folder / "logs" / "superlink.log"
     begun = log.stat().st_size if log.exists() else 0
     surroundings = environment(kit.state / "flower", **{SERVER_KIT: str(kit.folder)})
     process = launch(superlink_command(kit), surroundings, log)
     try:
-        with ended_on_signals():
-            _wait(kit, process, log, begun)
-            say(f"serving {kit.settings.federation} at {server.address}; log: {log}")
-            if kit.certificate.not_valid_after_utc - now() < SOON:
-                say(f"server.crt expires {day(kit.certificate.not_valid_after_utc)}: fedgraft provision rotate server")
-            _keep(kit, process, log, begun, say)
+        _wait(kit, process, log, begun)
+        say(f"serving {kit.settings.federation} at {server.address}; log: {log}")
+        if not again and kit.certificate.not_valid_after_utc - now() < SOON:
+            say(f"server.crt expires {day(kit.certificate.not_valid_after_utc)}: fedgraft provision rotate server")
+        _keep(kit, process, say)
+        raise _DiedError(_last(process, log, begun))
     finally:
         end(process)
+
+
+def _require_port(host: str, port: int) -> None:
+    """Raise :class:`UserError` unless the port is free, or becomes so: one that was killed leaves it in a moment."""
+    deadline = time.monotonic() + _FREED
+    while True:
+        try:
+            return require_free(host, port)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL)
 
 
 def _wait(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int) -> None:
     deadline = time.monotonic() + _STARTUP
     while True:
-        _require_alive(process, log, begun)
+        if process.poll() is not None:
+            raise UserError(_last(process, log, begun))
         try:
             reach(kit.own_address, kit.settings.server.port, kit.folder / "ca.crt")
             return
@@ -75,26 +113,27 @@ def _wait(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: in
         time.sleep(_POLL)
 
 
-def _require_alive(process: subprocess.Popen[bytes], log: Path, begun: int) -> None:
-    if process.poll() is not None:
-        raise UserError(f"the SuperLink ended with code {process.returncode}: {last_words(log, begun)} (log: {log})")
+def _last(process: subprocess.Popen[bytes], log: Path, begun: int) -> str:
+    return f"the SuperLink ended with code {process.returncode}: {last_words(log, begun)} (log: {log})"
 
 
-def _keep(kit: ServerKit, process: subprocess.Popen[bytes], log: Path, begun: int, say: Callable[[str], None]) -> None:
+def _keep(kit: ServerKit, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
     control, told, due = Control(kit), "", 0.0
     taken: set[str] = set()
+    alone = True
     try:
-        while True:
-            _require_alive(process, log, begun)
+        while process.poll() is None:
             if time.monotonic() >= due:
                 due = time.monotonic() + _ROSTER_POLL
                 try:
                     for line in reconcile(kit, control, taken):
                         say(line)
-                    told = ""
+                    for line in revive(kit, control, alone=alone):
+                        say(line)
+                    told, alone = "", False
                 except UserError as error:
                     # A roster that is being copied is whole in a moment; until then the last one stands.
-                    if str(error) != told:
+                    if process.poll() is None and str(error) != told:
                         say(told := str(error))
             time.sleep(_POLL)
     finally:

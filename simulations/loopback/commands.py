@@ -44,10 +44,10 @@ def up(
         if run:
             kit = loopback.server
             control = Control(kit)
-            name, number = jobs.submit(kit, control, settings)
-            for text in control.logs(number, follow=True):
+            name, _ = jobs.submit(kit, control, settings)
+            for text in jobs.follow(kit, control, name):
                 print(text, end="", flush=True)
-            jobs.require_completed(control, number)
+            jobs.require_completed(kit, control, name)
             say(f"{kit.runs / name}")
             return
         say(f"submit jobs by: fedgraft job submit {output / 'job.json'} --kit {loopback.kits / 'server'}")

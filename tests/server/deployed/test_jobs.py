@@ -21,6 +21,7 @@ from fedgraft.deployment.kits import ServerKit
 from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.server.deployed import jobs
 from fedgraft.server.deployed.control import Control, Run, TakenError
+from fedgraft.server.deployed.pending import Pending
 from fedgraft.server.deployed.serving import reconcile
 
 TEXT = 'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n[[site]]\nname = "north"\n'
@@ -177,9 +178,27 @@ def test_a_job_is_found_by_name_or_number_and_else_the_latest() -> None:
     assert jobs.find(link, "").id == 3  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no job `c`; there are a, a, b"):
         jobs.find(link, "c")  # type: ignore[arg-type]
-    jobs.require_completed(link, 2)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="a: failed"):
-        jobs.require_completed(link, 1)  # type: ignore[arg-type]
+
+
+def test_a_job_is_waited_for_until_the_server_says_that_it_is_over(kit: ServerKit, config: RunConfig) -> None:
+    link = Link([Run(1, "a", "completed", "", "", ""), Run(2, "b", "failed", "why", "", "")])
+    jobs.require_completed(kit, link, "a")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="b: failed: why"):
+        jobs.require_completed(kit, link, "b")  # type: ignore[arg-type]
+    Pending("b", config.to_json()).keep(kit)
+    asked: list[int] = []
+
+    def again() -> list[Run]:
+        # It goes on as another run, which completes.
+        asked.append(1)
+        if len(asked) == 3:
+            link.listed.append(Run(3, "b", "completed", "", "", ""))
+            Pending("b", "").forget(kit)
+        return link.listed
+
+    link.runs = again  # type: ignore[method-assign]
+    jobs.require_completed(kit, link, "b")  # type: ignore[arg-type]
+    assert len(asked) > 3
 
 
 def test_a_server_that_is_not_started_is_one_line(kit: ServerKit) -> None:

@@ -190,8 +190,8 @@ def _at_work(field: Field) -> Iterator[Callable[[], None]]:
     loopback = field.loopback
     with loopback.running(print):
         control = Control(loopback.server)
-        _, number = jobs.submit(loopback.server, control, field.config, "job")
-        yield lambda: jobs.require_completed(control, number)
+        jobs.submit(loopback.server, control, field.config, "job")
+        yield lambda: jobs.require_completed(loopback.server, control, "job")
         control.close()
 
 
@@ -289,7 +289,7 @@ def test_a_site_whose_disk_is_full_spends_nothing_and_sends_nothing(
     loopback = found.loopback
     with loopback.running(print):
         control = Control(loopback.server)
-        _, number = jobs.submit(loopback.server, control, found.config, "job")
+        jobs.submit(loopback.server, control, found.config, "job")
         found.until(
             lambda: "hello" in (state / "audit.jsonl").read_text() if (state / "audit.jsonl").exists() else False
         )
@@ -300,7 +300,7 @@ def test_a_site_whose_disk_is_full_spends_nothing_and_sends_nothing(
         filler = _fill(state)
         second = found.until_trained(2)
         filler.unlink()
-        jobs.require_completed(control, number)
+        jobs.require_completed(loopback.server, control, "job")
         control.close()
     assert "No space left on device" in first["missing"]["east"], first
     assert "No space left on device" in second["missing"]["east"], second
@@ -344,8 +344,8 @@ def test_a_site_whose_clock_is_off_by_an_hour_is_told_so_before_it_takes_part(fi
             loopback._start(name, "site", loopback.site(name))
         control = Control(loopback.server)
         found.until(lambda: {n.name for n in control.nodes() if n.status == "online"} == {"north", "south"})
-        _, number = jobs.submit(loopback.server, control, found.config, "job")
-        jobs.require_completed(control, number)
+        jobs.submit(loopback.server, control, found.config, "job")
+        jobs.require_completed(loopback.server, control, "job")
         control.close()
     finally:
         loopback.end()
@@ -385,10 +385,10 @@ def test_a_clock_that_jumps_by_an_hour_while_a_site_trains_costs_no_budget(
             loopback._start(name, "site", loopback.site(name))
         control = Control(loopback.server)
         loopback._wait("the sites", lambda: loopback._online(control))
-        _, number = jobs.submit(loopback.server, control, found.config, "job")
+        jobs.submit(loopback.server, control, found.config, "job")
         found.until_training("east")
         clock.write_text(f"+{_HOUR}\n")
-        jobs.require_completed(control, number)
+        jobs.require_completed(loopback.server, control, "job")
         control.close()
     finally:
         loopback.end()

@@ -80,11 +80,11 @@ def _failed(loopback: Loopback, config: RunConfig, name: str, bundle: Fab | None
     kit, control = loopback.server, Control(loopback.server)
     try:
         if bundle is None:
-            _, number = jobs.submit(kit, control, config, name)
+            jobs.submit(kit, control, config, name)
         else:
-            number = control.submit(bundle, {"output": name})
+            control.submit(bundle, {"output": name})
         with pytest.raises(UserError, match=f"{name}: failed"):
-            jobs.require_completed(control, number)
+            jobs.require_completed(kit, control, name)
     finally:
         control.close()
     run = read_run(kit.runs / name)
@@ -162,7 +162,7 @@ def test_a_site_that_the_job_leaves_out_is_asked_for_nothing(loopback: Loopback,
     before = _lengths(loopback)
     kit, control = loopback.server, Control(loopback.server)
     _, number = jobs.submit(kit, control, made(({}, {})), "two")
-    jobs.require_completed(control, number)
+    jobs.require_completed(kit, control, "two")
     said = "".join(control.logs(number, follow=True))
     control.close()
     assert said.count("site south is connected, and rests: data.sites does not list it") == 1 and "INFO" not in said

@@ -89,7 +89,7 @@ def test_the_sum_of_real_sites_is_that_of_the_in_process_run_though_one_is_kille
         kit, control = loopback.server, Control(loopback.server)
         _, number = jobs.submit(kit, control, config, "sum")
         with _killed_in_its_second_training(loopback, "north") as killed:
-            jobs.require_completed(control, number)
+            jobs.require_completed(kit, control, "sum")
         said = "".join(control.logs(number, follow=True))
         fetched = jobs.fetch(kit, "sum", tmp_path / "fetched")
         control.close()
