@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterable
 from typing import cast
 
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 #: Seconds between two looks.
 LOOK = 0.2
+_LOST = "the connection to it was lost"
 
 
 def prompt(grid: Grid) -> Grid:
@@ -20,7 +22,7 @@ def prompt(grid: Grid) -> Grid:
 
 
 class _Prompt:
-    """All of Flower's grid but its way of waiting."""
+    """All of Flower's grid but its way of waiting, and of saying that a site is lost."""
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
@@ -31,13 +33,24 @@ class _Prompt:
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """As Flower's: the replies that came within ``timeout`` seconds; None waits for all."""
         # A list: Flower goes through them twice.
-        waiting = set(self._grid.push_messages(list(messages)))
+        asked = list(messages)
+        sent = dict(zip(self._grid.push_messages(asked), asked, strict=True))
+        waiting = set(sent)
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and (deadline is None or time.monotonic() < deadline):
             arrived = list(self._grid.pull_messages(waiting))
-            replies += arrived
+            replies += (_named(reply, sent[reply.metadata.reply_to_message_id]) for reply in arrived)
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             if waiting:
                 time.sleep(LOOK)
         return replies
+
+
+def _named(reply: Message, asked: Message) -> Message:
+    """``reply``, or in place of Flower's own that a site is lost one that says which: Flower's comes from nobody."""
+    if not reply.has_error() or reply.metadata.src_node_id == asked.metadata.dst_node_id:
+        return reply
+    code = reply.error.code
+    reason = _LOST if code == ErrorCode.NODE_UNAVAILABLE else reply.error.reason
+    return Message(Error(code, reason), reply_to=asked)

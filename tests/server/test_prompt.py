@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedgraft.core.wire import fault_of
 from fedgraft.server.prompt import LOOK, prompt
 from fedgraft.simulations.engines.inprocess import InProcessGrid
 
@@ -20,6 +22,7 @@ class Answering(HttpGrid):
 
     def __init__(self, delays: dict[int, float]) -> None:
         self.delays, self.due, self.looks = delays, {}, 0
+        self.lost: set[int] = set()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         now = time.monotonic()
@@ -27,7 +30,11 @@ class Answering(HttpGrid):
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = str(number)
             delay = self.delays[message.metadata.dst_node_id]
-            self.due[str(number)] = (now + delay, Message(RecordDict(), reply_to=message))
+            reply = Message(RecordDict(), reply_to=message)
+            if message.metadata.dst_node_id in self.lost:
+                reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable"), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+            self.due[str(number)] = (now + delay, reply)
         return list(self.due)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -76,3 +83,14 @@ def test_everything_else_is_flower_s() -> None:
 def test_the_grid_of_a_simulation_is_left_as_it_is() -> None:
     grid = object.__new__(InProcessGrid)
     assert prompt(grid) is grid
+
+
+def test_a_site_that_is_lost_is_named_which_flower_does_not() -> None:
+    grid = Answering({7: 0.0, 8: 0.0})
+    grid.lost = {8}
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (7, 8)]
+    fine, lost = sorted(prompt(grid).send_and_receive(messages), key=lambda reply: reply.has_error())
+    assert fine.metadata.src_node_id == 7 and not fine.has_error()
+    assert lost.metadata.src_node_id == 8
+    assert (lost.error.code, lost.error.reason) == (ErrorCode.NODE_UNAVAILABLE, "the connection to it was lost")
+    assert fault_of(lost.error) == "absent"
