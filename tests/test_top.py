@@ -53,7 +53,7 @@ def test_each_folder_has_its_page(
     kits = Authority.create(tmp_path / "federation.toml", tmp_path / "kits").kits
     for arguments, words in (
         ((tmp_path / "run",), ("tiny  finished  round 1 of 1", "east", "of 2")),
-        ((tmp_path / "nowhere",), (f"{tmp_path}/nowhere: no run here yet",)),
+        ((tmp_path / "nowhere",), (f"{tmp_path}/nowhere:", "no run here yet")),
         (("--kit", kits / "server"), ("oncology  server does not answer", "is it started?", "no job yet")),
         (("--kit", kits / "sites" / "east"), ("east of oncology  no worker", "nothing was asked yet")),
     ):
