@@ -8,7 +8,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from .devicememory import OnSmaller
 from .evaluation import evaluate
 from .gate import left, require_allowed, require_masked, require_refusal, require_step
 from .job import own_version, sharing
+from .keptanswers import KeptAnswer
 from .memory import SiteMemory
 from .policy import Dataset, NoPolicyError, Policy, PolicyError
 from .prepared import Encoded, Prepared, encode, ledger_of
@@ -97,7 +98,8 @@ class Surroundings:
     audit log, None to keep none (for tests); ``policy``: what it lets out, from that folder; ``data``: its records, at
     the place that the policy names. ``rule`` gives a simulated attacker its own part in place of the strategy's.
     ``durable``: whether ledger and audit log survive a loss of power, see :mod:`fedgraft.privacy.journal`.
-    ``identity``: the site's signing key and its roster of the others', for secure sums.
+    ``identity``: the site's signing key and its roster of the others', for secure sums. ``keeps``: whether paid answers
+    are kept in the folder, see :mod:`.keptanswers`; those of thousands of simulated sites would fill a disk.
     """
 
     name: Callable[[RunConfig | None, Context], str]
@@ -106,18 +108,20 @@ class Surroundings:
     data: Callable[[RunConfig, str, Path, Context], SiteData]
     rule: Callable[[LocalRule | None, RunConfig, Training], LocalRule | None] = lambda rule, config, training: rule
     durable: bool = True
+    keeps: bool = False
     identity: Callable[[RunConfig, str, Path | None, Context], Identity] = _nobody
 
 
 @dataclass(frozen=True)
 class _Here:
-    """The site that answers, and what it lets this job do."""
+    """The site that answers, and what it lets this job do; ``told``: what the audit log says beside the answer."""
 
     site: str
     folder: Path | None
     context: Context
     policy: Policy
     dataset: Dataset
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -212,7 +216,7 @@ class SiteClient:
         if not isinstance(content, Exception):
             try:
                 with section("gate"):
-                    event, told = "left", left(content)
+                    event, told = "left", left(content) | (visit.here.told if visit.here is not None else {})
             except Exception as error:
                 content = error
         if isinstance(content, Exception):
@@ -368,13 +372,15 @@ class SiteClient:
         if job.round <= config.rounds:
             smaller = self._smaller(here.site)
             require_memory(model, prepared.train, config, private=config.privacy.enabled, on_smaller=smaller)
-        if config.privacy.enabled and job.round <= config.rounds:
+        if config.privacy.enabled:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
-            plan = plan_of(job, config, prepared)
-            require_room(prepared, plan.events(plan.first_step, plan.steps), "train")
-            require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
-            if config.evaluation_release == "noised":
-                require_room(prepared, event_of_release(job, config, prepared), "held-out")
+            train, evaluation = (self._unpaid(kind, job, config, here, prepared) for kind in ("train", "evaluate"))
+            if train.round <= config.rounds:
+                plan = plan_of(train, config, prepared)
+                require_room(prepared, plan.events(plan.first_step, plan.steps), "train")
+                require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            if config.evaluation_release == "noised" and evaluation.round <= config.rounds:
+                require_room(prepared, event_of_release(evaluation, config, prepared), "held-out")
         sizes = {"records": len(prepared.train), "held_out": len(prepared.held_out), "units": len(prepared.groups)}
         return encode_answer(
             "hello",
@@ -389,6 +395,27 @@ class SiteClient:
             privacy=promise(config, prepared),
         )
 
+    def _kept(self, kind: Kind, job: Job, config: RunConfig, here: _Here, prepared: Prepared) -> KeptAnswer:
+        """The answer to an instruction that is paid for; of a secure sum none is sent twice."""
+        keeps = self._surroundings.keeps and config.privacy.enabled
+        keeps &= kind == "evaluate" or not config.secure_sum.enabled
+        data = f"{here.dataset.name}|{prepared.fingerprint}|{prepared.split}"
+        return KeptAnswer(here.folder if keeps else None, kind, job, config, here.site, data)
+
+    def _unpaid(self, kind: Kind, job: Job, config: RunConfig, here: _Here, prepared: Prepared) -> Job:
+        """``job`` as of the first round from its own on that this site has not answered, and so paid for, before."""
+        while self._kept(kind, job, config, here, prepared).given:
+            job = replace(job, round=job.round + 1)
+        return job
+
+    def _repeated(self, kept: KeptAnswer, about: AdapterState, job: Job, here: _Here) -> RecordDict | None:
+        """What this site answered when it was asked the same before."""
+        answer = kept.find(about)
+        if answer is not None:
+            here.told["repeated"] = True
+            self._watch.note(f"site {here.site}: asked for round {job.round} again; the same answer is sent, unpaid")
+        return answer
+
     def _train(
         self, job: Job, config: RunConfig, here: _Here, content: RecordDict
     ) -> Generator[Lesson, Trained, tuple[RecordDict, AdapterState]]:
@@ -396,6 +423,9 @@ class SiteClient:
         prepared, model = self._site(job, config, here)
         received = self._receive(content, here.context, model)
         here.policy.require_tensors(received.spec.select("share"))
+        kept = self._kept("train", job, config, here, prepared)
+        if (repeated := self._repeated(kept, received, job, here)) is not None:
+            return repeated, received
         memory = self._memory(job, here)
         known = memory.before(job.round)
         state = _with_local(received, known)
@@ -406,12 +436,13 @@ class SiteClient:
         if config.privacy.enabled:
             plan = plan_of(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
+            kept.require_room(sum(array.nbytes for array in received.values()))
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
             reserved = reserve_training(job, config, prepared, plan)
             # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
             noise = self._correlated_noise(job, config, here, plan, received.spec)
             told = promise(config, prepared)
-        kept = record_of(here.context.state, "clip", ConfigRecord) or ConfigRecord()
+        clip = record_of(here.context.state, "clip", ConfigRecord) or ConfigRecord()
         taken = 0
 
         def on_step(step: int, loss: float | None) -> None:
@@ -430,7 +461,7 @@ class SiteClient:
                 round=job.round,
                 plan=plan,
                 keys=prepared.keys,
-                clip=float(kept["clip"]) if kept.get("run") == job.run else None,  # type: ignore[arg-type]
+                clip=float(clip["clip"]) if clip.get("run") == job.run else None,  # type: ignore[arg-type]
                 noise=noise,
                 on_step=on_step,
                 rule=rule,
@@ -449,14 +480,15 @@ class SiteClient:
         if result.clip is not None:
             here.context.state["clip"] = ConfigRecord({"run": job.run, "clip": result.clip})
         sent = rule.finish(result.state, received) if rule is not None else result.state
-        keep = {**(rule.remember() if rule is not None else {}), **_own_tensors(result.state), **personal}
+        remembered = {**(rule.remember() if rule is not None else {}), **_own_tensors(result.state), **personal}
         shared = sent.only(received.spec.select("share"))
         upload, owed = packed(shared, received, config, site=here.site, round=job.round, known=known)
-        memory.keep(job.round, {**keep, **owed})
+        memory.keep(job.round, {**remembered, **owed})
         metrics: dict[str, float] = {"records": len(prepared.train), "steps": result.steps}
         if result.loss is not None:
             metrics["loss"] = result.loss
         answer = encode_answer("train", site=here.site, round=job.round, metrics=metrics, privacy=told, adapter=upload)
+        kept.keep(received, answer)
         return answer, received
 
     def _refine(self, job: Job, config: RunConfig, here: _Here, content: RecordDict) -> tuple[RecordDict, AdapterState]:
@@ -560,12 +592,19 @@ class SiteClient:
         if _PERSONAL in known:
             state = AdapterState(state.spec, {**state, **known[_PERSONAL]})
         metrics: dict[str, float] = {}
+        kept = self._kept("evaluate", job, config, here, prepared)
         if config.evaluation_release == "noised":
+            if (repeated := self._repeated(kept, state, job, here)) is not None:
+                return repeated
+            kept.require_room(0)
             metrics = self._noised_counts(job, config, here.site, prepared, model, state)
         elif config.evaluation_release == "exact_not_private":
             metrics = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(here.site)).exact()
         privacy = promise(config, prepared)
-        return encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
+        answer = encode_answer("evaluate", site=here.site, round=job.round, metrics=metrics, privacy=privacy)
+        if config.evaluation_release == "noised":
+            kept.keep(state, answer)
+        return answer
 
     def _noised_counts(
         self, job: Job, config: RunConfig, site: str, prepared: Prepared, model: Resident, state: AdapterState

@@ -107,5 +107,5 @@ def _own_identity(config: RunConfig, site: str, folder: Path | None, context: Co
 
 
 #: A real site: its name, folder, policy, data, key and roster come from its own node configuration.
-DEPLOYED = Surroundings(own_name, _own_folder, _own_policy, _own_data, identity=_own_identity)
+DEPLOYED = Surroundings(own_name, _own_folder, _own_policy, _own_data, keeps=True, identity=_own_identity)
 app = make_client_app(DEPLOYED)

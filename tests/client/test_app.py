@@ -110,7 +110,7 @@ def test_ledger_and_audit_log_wait_for_the_disk_unless_the_site_s_own_machine_sa
     private: Any, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     assert client_app.DEPLOYED.durable, "a real site is not asked"
-    surroundings = dataclasses.replace(client_app.DEPLOYED, durable=durable)
+    surroundings = dataclasses.replace(client_app.DEPLOYED, durable=durable, keeps=False)
     monkeypatch.setattr(_CONVERSATION, "app", make_client_app(surroundings))
     fsync, synced = os.fsync, []
 
@@ -382,8 +382,10 @@ def test_noised_counts_are_paid_for_by_the_held_out_alone(tiny_federation: Any, 
     assert 0.9 < evaluated <= 1.0
     # In parallel, not in sequence: nobody is both.
     assert told.epsilon == pytest.approx(max(trained.epsilon, evaluated), rel=1e-9)
-    # A fifth was not planned for.
-    assert "evaluation: " in talk.evaluate(3).error
+    # A fifth was not planned for; the fourth again is no new one.
+    assert talk.evaluate(3) == counts[-1]
+    moved = AdapterState(talk.state.spec, {name: array + np.float32(0.01) for name, array in talk.state.items()})
+    assert "evaluation: " in talk.evaluate(3, encode_adapter(moved, wire="fp32")).error
 
 
 @pytest.mark.parametrize("sampler", ["cyclic", "poisson"])
