@@ -312,6 +312,8 @@ class Federation:
             if reply.has_error():
                 self._note_once(f"a node failed to answer: {reply.error.reason}")
                 continue
+            if reply.metadata.src_node_id in self.strategy.sites:
+                continue  # the same answer twice
             try:
                 answer = decode_answer(reply.content, "hello", f"node {reply.metadata.src_node_id}")
                 self._admit(reply.metadata.src_node_id, answer, known)

@@ -314,6 +314,9 @@ class PeftStrategy(Strategy):
             self.phase.privacy[site] = answer.privacy
         self.phase.metrics[site] = answer.metrics
         self._answered += 1
+        # An answer to an earlier question may have come first.
+        self.phase.missing.pop(site, None)
+        self.phase.faults.pop(site, None)
 
     def _accept_update(self, answer: Answer, reply: Message, site: str) -> None:
         state = self._decode(reply, site)

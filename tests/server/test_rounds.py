@@ -742,3 +742,27 @@ def test_the_epsilon_of_a_site_is_that_of_whoever_paid_most_in_the_end(tiny_fede
         (split,) = {entry.split for entry in ledger.entries()}
         trained, evaluated = (epsilon_of(ledger.spent(part, split), 1e-3) for part in ("train", "held-out"))
         assert trained < evaluated == told["epsilon"] == told["privacy"]["epsilon"] <= 1.5
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after the answers", "before them"])
+def test_answers_that_come_twice_or_from_an_earlier_round_count_once(
+    finished: tuple[Path, dict[str, Any]],
+    tiny_federation: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: bool,
+) -> None:
+    plain = inprocess.InProcessGrid.send_and_receive
+    earlier: list[Message] = []
+
+    def again(grid: Any, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        answers = list(plain(grid, messages, timeout=timeout))
+        old = earlier[-2 * len(tiny_federation.config().site_names) :]
+        earlier.extend(answers)
+        return [*old, *answers, *answers] if first else [*answers, *answers, *old]
+
+    monkeypatch.setattr(inprocess.InProcessGrid, "send_and_receive", again)
+    run = tiny_federation.run(tiny_federation.config(), tmp_path / "run")
+    assert run["digest"] == finished[1]["digest"] and run["accuracy"] == finished[1]["accuracy"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["missing"] for line in lines] == [{}] * len(lines), "nobody was missing"
