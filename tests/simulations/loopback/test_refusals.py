@@ -75,26 +75,16 @@ def _site_log(loopback: Loopback, site: str) -> list[dict[str, Any]]:
     return _log(loopback.site(site) / "state")
 
 
-def _outcome(control: Control, number: int) -> str:
-    """The status of a job once it is over; a server that is too busy to answer is asked again."""
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(UserError):
-            if (status := jobs.find(control, str(number)).status) in ("completed", "failed"):
-                return status
-        time.sleep(0.5)
-    return "not over"
-
-
 def _failed(loopback: Loopback, config: RunConfig, name: str, bundle: Fab | None = None) -> tuple[str, str]:
     """Submit a job that must fail; its run and error as run.json has them."""
     kit, control = loopback.server, Control(loopback.server)
     try:
         if bundle is None:
-            _, number = jobs.submit(kit, control, config, name)
+            jobs.submit(kit, control, config, name)
         else:
-            number = control.submit(bundle, {"output": name})
-        assert _outcome(control, number) == "failed"
+            control.submit(bundle, {"output": name})
+        with pytest.raises(UserError, match=f"{name}: failed"):
+            jobs.require_completed(kit, control, name)
     finally:
         control.close()
     run = read_run(kit.runs / name)
@@ -166,7 +156,7 @@ def test_another_base_model_at_a_site_is_refused_there(loopback: Loopback, made:
 def test_a_site_that_the_job_leaves_out_is_asked_for_nothing(loopback: Loopback, made: Made) -> None:
     kit, control = loopback.server, Control(loopback.server)
     _, number = jobs.submit(kit, control, made(({}, {})), "two")
-    assert _outcome(control, number) == "completed"
+    jobs.require_completed(kit, control, "two")
     said = "".join(control.logs(number, follow=True))
     control.close()
     assert said.count("site south is connected, and rests: data.sites does not list it") == 1 and "INFO" not in said
