@@ -169,6 +169,7 @@ def reconcile(kit: ServerKit, control: Control, taken: set[str]) -> list[str]:
             nodes[control.register(member.name, key)] = member.name
         except TakenError as error:
             taken.add(key)
+            audit_log.write("refused", site=member.name, key=pem_fingerprint(key), why=str(error))
             said.append(str(error))
             continue
         said.append(f"{member.name}: may connect; its certificate expires {day(member.until)}")

@@ -75,8 +75,8 @@ def _site_log(loopback: Loopback, site: str) -> list[dict[str, Any]]:
     return _log(loopback.site(site) / "state")
 
 
-def _failed(loopback: Loopback, config: RunConfig, name: str, bundle: Fab | None = None) -> str:
-    """Submit a job that must fail; what run.json says of it."""
+def _failed(loopback: Loopback, config: RunConfig, name: str, bundle: Fab | None = None) -> tuple[str, str]:
+    """Submit a job that must fail; its run and error as run.json has them."""
     kit, control = loopback.server, Control(loopback.server)
     try:
         if bundle is None:
@@ -89,20 +89,16 @@ def _failed(loopback: Loopback, config: RunConfig, name: str, bundle: Fab | None
         control.close()
     run = read_run(kit.runs / name)
     assert run["status"] == "failed" and "\n" not in run["error"]
-    return str(run["error"])
+    return str(run["run"]), str(run["error"])
 
 
-def _require_kept_back(loopback: Loopback, sites: tuple[str, ...], before: dict[str, int], said: str) -> None:
-    """Each of ``sites`` has written down what it refused, has answered nothing else, and has spent nothing."""
-    for site in sites:
-        fresh = [line for line in _site_log(loopback, site)[before[site] :] if line["event"] != "worker"]
+def _require_kept_back(loopback: Loopback, run: str, said: str) -> None:
+    """Each site has written down what it refused of ``run``, has answered nothing else, and has spent nothing."""
+    for site in loopback.config.site_names:
+        fresh = [line for line in _site_log(loopback, site) if line.get("run") == run]
         assert fresh and {line["event"] for line in fresh} == {"refused"}
         assert all(said in line["why"] and "\n" not in line["why"] for line in fresh)
         assert Ledger(loopback.site(site) / "state" / "ledgers").entries() == ()
-
-
-def _lengths(loopback: Loopback) -> dict[str, int]:
-    return {site: len(_site_log(loopback, site)) for site in loopback.config.site_names}
 
 
 # Jobs
@@ -111,14 +107,14 @@ def _lengths(loopback: Loopback) -> dict[str, int]:
 def test_a_bundle_with_code_is_refused_by_every_site_and_never_run(
     loopback: Loopback, made: Made, tmp_path: Path
 ) -> None:
-    before, mark = _lengths(loopback), tmp_path / "ran"
+    mark = tmp_path / "ran"
     with zipfile.ZipFile(io.BytesIO(jobs.bundle(made()).content)) as archive:
         settings = archive.read("pyproject.toml")
     evil = f"open({str(mark)!r}, 'w').close()\n".encode()
     content, _ = build_fab_from_files({"pyproject.toml": settings, "evil.py": evil})
-    error = _failed(loopback, made(), "code", Fab(hashlib.sha256(content).hexdigest(), content, {}))
+    run, error = _failed(loopback, made(), "code", Fab(hashlib.sha256(content).hexdigest(), content, {}))
     assert "holds evil.py, and a site takes configuration only" in error
-    _require_kept_back(loopback, loopback.config.site_names, before, "holds evil.py")
+    _require_kept_back(loopback, run, "holds evil.py")
     assert not mark.exists()
 
 
@@ -132,11 +128,10 @@ def test_a_bundle_with_code_is_refused_by_every_site_and_never_run(
 def test_a_job_beyond_the_policy_is_refused_with_its_line(
     loopback: Loopback, made: Made, name: str, changes: dict[str, Any], rule: str
 ) -> None:
-    before = _lengths(loopback)
-    error = _failed(loopback, made(**changes), name)
+    run, error = _failed(loopback, made(**changes), name)
     assert f"({rule})" in error and "the site's policy forbids it, line" in error
-    _require_kept_back(loopback, loopback.config.site_names, before, rule)
-    line = _site_log(loopback, "east")[-1]
+    _require_kept_back(loopback, run, rule)
+    line = next(line for line in _site_log(loopback, "east") if line.get("run") == run)
     policy = (loopback.site("east") / "policy.toml").read_text().splitlines()
     assert policy[line["rule"]["line"] - 1] == line["rule"]["text"]
     submitted = [line for line in _log(loopback.server.state) if line["event"] == "submitted"]
@@ -151,23 +146,23 @@ def test_another_base_model_at_a_site_is_refused_there(loopback: Loopback, made:
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] += 1e-3
     save_file(tensors, weights, {"format": "pt"})
-    error = _failed(loopback, made(({"model": str(other)}, {}, {})), "model")
+    run, error = _failed(loopback, made(({"model": str(other)}, {}, {})), "model")
     assert "east" in error and "fingerprint" in error
-    line = _site_log(loopback, "east")[-1]
+    line = [line for line in _site_log(loopback, "east") if line.get("run") == run][-1]
     assert line["event"] == "refused" and "fingerprint" in line["why"]
     assert Ledger(loopback.site("east") / "state" / "ledgers").entries() == ()
 
 
 def test_a_site_that_the_job_leaves_out_is_asked_for_nothing(loopback: Loopback, made: Made) -> None:
-    before = _lengths(loopback)
     kit, control = loopback.server, Control(loopback.server)
     _, number = jobs.submit(kit, control, made(({}, {})), "two")
     jobs.require_completed(kit, control, "two")
     said = "".join(control.logs(number, follow=True))
     control.close()
     assert said.count("site south is connected, and rests: data.sites does not list it") == 1 and "INFO" not in said
-    assert len(_site_log(loopback, "south")) == before["south"]
-    assert _site_log(loopback, "north")[-1]["event"] == "left"
+    run = read_run(kit.runs / "two")["run"]
+    assert all(line.get("run") != run for line in _site_log(loopback, "south"))
+    assert [line["event"] for line in _site_log(loopback, "north") if line.get("run") == run][-1] == "left"
 
 
 # Keys and servers: last, since these sites take part no more
