@@ -108,5 +108,10 @@ def kit_page(view: KitView) -> RenderableType:
     elif view.sites:
         online = [name for name, here in sorted(view.sites.items()) if here]
         rows.append(Text(f"{len(online)} of {len(view.sites)} sites online: {', '.join(online)}", overflow="fold"))
+    for why, count in view.refused.items():
+        rows.append(Text(f"refused {count}: {why}", style="yellow", overflow="fold"))
+    if view.refused:
+        at, address = view.last_refused
+        rows.append(Text(f"the last {age(at)} ago, from {address}", style="dim"))
     rows += [Text(""), run_page(view.job) if view.job is not None else Text("no job yet")]
     return Group(*rows)
