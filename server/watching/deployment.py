@@ -79,7 +79,7 @@ class KitReader:
             return None
         if self._reader is None or self._reader.folder != folder:
             self._reader = RunReader(folder)
-        view = self._reader.look()
+        view = replace(self._reader.look(), name=folder.name)
         if told is not None and view.status == "absent":
             # It waits for its process, or ended before it had written anything.
             return replace(view, status=told.status, error=told.details)

@@ -37,13 +37,12 @@ def run_page(view: RunView) -> RenderableType:
 
 
 def _head(view: RunView) -> Text:
-    line = Text.assemble((view.name, "bold"), "  ", (view.status, _STYLES.get(view.status, "")), no_wrap=True)
+    line = Text.assemble((view.name, "bold"), "  ", (view.status, _STYLES.get(view.status, "")))
     if view.rounds:
         line.append(f"  round {view.round} of {view.rounds}")
     if view.phase is not None:
         what = _WORDS.get(view.phase.kind, view.phase.kind)
         line.append(f"  {what} at {view.phase.sites:,} sites, {clock(view.phase_seconds())}")
-    line.truncate(200, overflow="ellipsis")
     return line
 
 

@@ -82,7 +82,7 @@ def test_a_job_is_seen_from_its_submission_to_its_end(
     assert view.job is not None and (view.job.status, view.job.round) == ("finished", 1)
     assert {site.name: site.connected for site in view.job.sites} == {"east": True, "north": False, "south": False}
     text = printed(view)
-    assert "tiny  finished  round 1 of 1" in text
+    assert "second  finished  round 1 of 1" in text
     assert [line.split()[:2] for line in text.splitlines()[-3:]] == [
         ["east", "online"],
         ["north", "offline"],
