@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...core.errors import UserError, one_line
 from ...core.watching.follow import Follower
-from ...core.watching.screen import moment
+from ...core.watching.screen import moment, plain
 from ...deployment.kits import ServerKit
 from ...privacy.auditlog import FILE as AUDIT_LOG
 from ..deployed.control import Control, Run
@@ -70,8 +70,8 @@ class KitReader:
             self._refused.clear()
         for line in new:
             if line.get("event") == "refused":
-                self._refused[str(line.get("why", ""))] += 1
-                self._last = (moment(line.get("time")), str(line.get("address", "")))
+                self._refused[plain(line.get("why", ""))] += 1
+                self._last = (moment(line.get("time")), plain(line.get("address", "")))
 
     def _job(self, told: Run | None) -> RunView | None:
         folder = self.kit.runs / told.name if told is not None else _latest(self.kit.runs)
@@ -82,7 +82,7 @@ class KitReader:
         view = replace(self._reader.look(), name=folder.name)
         if told is not None and view.status == "absent":
             # It waits for its process, or ended before it had written anything.
-            return replace(view, status=told.status, error=told.details)
+            return replace(view, status=told.status, error=plain(told.details, 1000))
         return view
 
 
