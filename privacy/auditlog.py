@@ -15,7 +15,10 @@ FILE = "audit.jsonl"
 #: The folder beside it in which a site's ledgers lie.
 LEDGERS = "ledgers"
 #: What of a line the log is told too: no numbers about the people of the site.
-_LOGGED = ("site", "kind", "run", "round", "job", "dataset", "why", "rule", "did", "code", "bytes", "seconds")
+_LOGGED = (
+    *("site", "kind", "run", "round", "job", "dataset", "why", "rule", "did", "code", "bytes", "seconds"),
+    *("address", "path", "key", "until", "call", "status"),
+)
 
 
 def audit_journal(path: Path, *, durable: bool = True) -> Journal:

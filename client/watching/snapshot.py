@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 
 from ...core.errors import UserError, one_line
 from ...core.watching.follow import Follower
-from ...core.watching.screen import moment
+from ...core.watching.screen import moment, plain
+from ...core.wire import Kind
 from ...deployment.kits import SiteKit
 from ...privacy.auditlog import FILE
 from ...privacy.ledger import Ledger, Limit
 from ..policy import Dataset, Policy, load_policy
 from ..warm.worker import LOCK
 
+#: Instructions that there are; a server can make up names of others without end.
+_KINDS = (*get_args(Kind), "start")
 #: So many of the last refusals are kept.
 _REFUSALS = 5
 #: So much of the SuperNode's log tells whether it reaches the server.
@@ -140,10 +143,10 @@ class SiteReader:
         found = Line(
             moment(line.get("time")),
             event,
-            str(line.get("kind", "?")),
-            str(line.get("run", "")),
+            str(line.get("kind")) if line.get("kind") in _KINDS else "other",
+            plain(line.get("run", ""), 40),
             number if isinstance(number, int) else 0,
-            str(line.get("why", "")),
+            plain(line.get("why", ""), 1000),
             "policy" if "rule" in line else "other",
         )
         self._last = found

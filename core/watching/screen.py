@@ -29,6 +29,11 @@ def show(draw: Callable[[], RenderableType], *, once: bool, seconds: float) -> N
             screen.update(draw(), refresh=True)
 
 
+def plain(text: object, most: int = 200) -> str:
+    """``text`` as a terminal may be shown it: what came from the other end of the wire holds no control character."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+
+
 def sparkline(values: Sequence[float], width: int = 16) -> str:
     """The last ``width`` values as blocks between their least and their largest."""
     values = values[-width:]

@@ -37,10 +37,9 @@ def made(processor: SpanProcessor) -> Tracer:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
 
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES beat what is given here.
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "fedgraft")})
-    )
+    # What is given here beats the environment's, so that is asked first.
+    name = os.environ.get("OTEL_SERVICE_NAME", "fedgraft")
+    provider = TracerProvider(resource=Resource.create({"service.name": name}))
     provider.add_span_processor(processor)
     return provider.get_tracer("fedgraft")
 

@@ -11,6 +11,7 @@ import base64
 import ipaddress
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...core.errors import UserError
+from ...core.watching import logs
 from ...deployment.certificates import pem_fingerprint
 from ...deployment.kits import SERVER_KIT, ServerKit
 from ...privacy.auditlog import AuditLog
@@ -126,6 +128,7 @@ def own_machine(scope: Any) -> bool:
 def main() -> None:
     """`flower-superlink` behind :class:`Witness` and :class:`OwnMachine`; it ends with the process that started it."""
     start_parent_process_monitor(os.getppid())
+    logs.begin(sys.stderr)
     found = extensions.get_middleware
     audit_log = AuditLog(ServerKit.open(Path(os.environ[SERVER_KIT])).state)
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 from ...core.errors import UserError, one_line
+from ...core.watching.follow import Follower
+from ...core.watching.screen import moment, plain
 from ...deployment.kits import ServerKit
+from ...privacy.auditlog import FILE as AUDIT_LOG
 from ..deployed.control import Control, Run
 from .snapshot import RunReader, RunView, SiteView
 
 
 @dataclass(frozen=True)
 class KitView:
-    """``trouble``: why the server cannot be asked; ``sites``: whether each registered one is connected, by name."""
+    """``trouble``: why the server cannot be asked; ``sites``: whether each registered one is connected, by name.
+
+    ``refused``: by reason, whom the server turned away, by its audit log; ``last_refused``: when, and from where.
+    """
 
     federation: str
     trouble: str
     sites: dict[str, bool]
     job: RunView | None
+    refused: Mapping[str, int] = field(default_factory=dict)
+    last_refused: tuple[datetime | None, str] = (None, "")
 
 
 class KitReader:
@@ -28,6 +39,10 @@ class KitReader:
         self.kit = kit
         self._control: Control | None = None
         self._reader: RunReader | None = None
+        self._lines = Follower(kit.state / AUDIT_LOG)
+        self._begun = 0
+        self._refused: Counter[str] = Counter()
+        self._last: tuple[datetime | None, str] = (None, "")
 
     def look(self) -> KitView:
         """The server as it is now; where it does not answer, what its files say."""
@@ -41,11 +56,22 @@ class KitReader:
         job = self._job(told)
         if job is not None:
             job = replace(job, sites=tuple(_seen(site, sites, bool(trouble)) for site in job.sites))
-        return KitView(self.kit.settings.federation, trouble, sites, job)
+        self._read_refusals()
+        return KitView(self.kit.settings.federation, trouble, sites, job, dict(self._refused), self._last)
 
     def close(self) -> None:
         if self._control is not None:
             self._control.close()
+
+    def _read_refusals(self) -> None:
+        new = self._lines.new()
+        if self._lines.begun != self._begun:
+            self._begun = self._lines.begun
+            self._refused.clear()
+        for line in new:
+            if line.get("event") == "refused":
+                self._refused[plain(line.get("why", ""))] += 1
+                self._last = (moment(line.get("time")), plain(line.get("address", "")))
 
     def _job(self, told: Run | None) -> RunView | None:
         folder = self.kit.runs / told.name if told is not None else _latest(self.kit.runs)
@@ -53,10 +79,10 @@ class KitReader:
             return None
         if self._reader is None or self._reader.folder != folder:
             self._reader = RunReader(folder)
-        view = self._reader.look()
+        view = replace(self._reader.look(), name=folder.name)
         if told is not None and view.status == "absent":
             # It waits for its process, or ended before it had written anything.
-            return replace(view, status=told.status, error=told.details)
+            return replace(view, status=told.status, error=plain(told.details, 1000))
         return view
 
 
@@ -66,9 +92,4 @@ def _seen(site: SiteView, connected: dict[str, bool], silent: bool) -> SiteView:
 
 def _latest(runs: Path) -> Path | None:
     """The run that was written to last."""
-    times = {}
-    for folder in runs.glob("*/"):
-        written = [path.stat().st_mtime for path in (folder / "run.json", folder / "progress.json") if path.exists()]
-        if written:
-            times[folder] = max(written)
-    return max(times, key=lambda folder: times[folder]) if times else None
+    return max(runs.glob("*/"), key=lambda folder: folder.stat().st_mtime, default=None)

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,12 +115,18 @@ class TensorBoard:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._writer = self._make(str(self.folder))
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from None
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder}: cannot be written: {error.strerror or error}")
 
     def write(self, points: Iterable[Point]) -> None:
-        for point in points:
-            self._writer.add_scalar(point.curve, point.value, point.step, walltime=point.at)
-        self._writer.flush()
+        try:
+            for point in points:
+                self._writer.add_scalar(point.curve, point.value, point.step, walltime=point.at)
+            self._writer.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def end(self, status: str) -> None:
         self._writer.close()
@@ -135,6 +142,8 @@ class MLflow:
         # It would call home, and wants a git that nobody needs here.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        # Of a server that is not there it should say so within seconds.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             import mlflow.entities
             from mlflow.exceptions import MlflowException
@@ -143,14 +152,21 @@ class MLflow:
             raise UserError("MLflow is not installed: pip install 'fedgraft[mlflow]'") from None
         self._metric, self._entities, run = mlflow.entities.Metric, mlflow.entities, read_run(folder)
         self._known: dict[str, set[tuple[int, int, float]]] = {}
-        try:
+        self._where, self._failures = destination, (MlflowException, OSError)
+        with self._told():
             if "://" not in destination:
                 Path(destination).mkdir(parents=True, exist_ok=True)
                 destination = f"sqlite:///{Path(destination).absolute() / 'mlflow.db'}"
             self._client = MlflowClient(tracking_uri=destination)
             self._run = self._of(run)
-        except (MlflowException, OSError) as error:
-            raise UserError(f"{destination}: MLflow does not take it: {one_line(error)}") from None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise :class:`UserError` where the store fails."""
+        try:
+            yield
+        except self._failures as error:
+            raise UserError(f"{self._where}: MLflow does not take it: {one_line(error)}") from None
 
     def _of(self, run: Mapping[str, Any]) -> str:
         """MLflow's name for ``run``, which it was given before or is given now."""
@@ -181,18 +197,20 @@ class MLflow:
 
     def write(self, points: Iterable[Point]) -> None:
         new = []
-        for point in points:
-            at = (point.step, round(point.at * 1000), point.value)
-            if at not in self._there(point.curve):
-                self._there(point.curve).add(at)
-                new.append(self._metric(point.curve, point.value, at[1], point.step))
-        for start in range(0, len(new), _BATCH):
-            self._client.log_batch(self._run, metrics=new[start : start + _BATCH])
+        with self._told():
+            for point in points:
+                at = (point.step, round(point.at * 1000), point.value)
+                if at not in self._there(point.curve):
+                    self._there(point.curve).add(at)
+                    new.append(self._metric(point.curve, point.value, at[1], point.step))
+            for start in range(0, len(new), _BATCH):
+                self._client.log_batch(self._run, metrics=new[start : start + _BATCH])
 
     def end(self, status: str) -> None:
         said = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}.get(status)
         if said is not None:
-            self._client.set_terminated(self._run, said)
+            with self._told():
+                self._client.set_terminated(self._run, said)
 
     def _there(self, curve: str) -> set[tuple[int, int, float]]:
         if curve not in self._known:

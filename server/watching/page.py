@@ -37,13 +37,12 @@ def run_page(view: RunView) -> RenderableType:
 
 
 def _head(view: RunView) -> Text:
-    line = Text.assemble((view.name, "bold"), "  ", (view.status, _STYLES.get(view.status, "")), no_wrap=True)
+    line = Text.assemble((view.name, "bold"), "  ", (view.status, _STYLES.get(view.status, "")))
     if view.rounds:
         line.append(f"  round {view.round} of {view.rounds}")
     if view.phase is not None:
         what = _WORDS.get(view.phase.kind, view.phase.kind)
         line.append(f"  {what} at {view.phase.sites:,} sites, {clock(view.phase_seconds())}")
-    line.truncate(200, overflow="ellipsis")
     return line
 
 
@@ -108,5 +107,10 @@ def kit_page(view: KitView) -> RenderableType:
     elif view.sites:
         online = [name for name, here in sorted(view.sites.items()) if here]
         rows.append(Text(f"{len(online)} of {len(view.sites)} sites online: {', '.join(online)}", overflow="fold"))
+    for why, count in view.refused.items():
+        rows.append(Text(f"refused {count}: {why}", style="yellow", overflow="fold"))
+    if view.refused:
+        at, address = view.last_refused
+        rows.append(Text(f"the last {age(at)} ago, from {address}", style="dim"))
     rows += [Text(""), run_page(view.job) if view.job is not None else Text("no job yet")]
     return Group(*rows)

@@ -23,6 +23,10 @@ def kit_metrics(view: KitView) -> Iterator[Metric]:
     for name, online in sorted(view.sites.items()):
         up.add_metric([name], float(online))
     yield up
+    refused = CounterMetricFamily("fedgraft_server_refusals", "Whom the server turned away.", labels=["reason"])
+    for why, count in sorted(view.refused.items()):
+        refused.add_metric([why], count)
+    yield refused
     if view.job is not None:
         yield from run_metrics(view.job)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.watching.follow import Follower
-from ...core.watching.screen import moment
+from ...core.watching.screen import moment, plain
 from ..tally import Tally
 from .progress import Phase, read_progress
 
@@ -123,7 +123,7 @@ class RunReader:
                 self._steps[name] = self._steps.get(name, 0) + int(told.get("steps", 0))
             self._why.pop(name, None)
         for name, why in line["missing"].items():
-            self._why[name] = str(why).removeprefix(f"{name}: ")
+            self._why[name] = plain(why, 1000).removeprefix(f"{name}: ")
 
     def _filled(self, view: RunView, run: Mapping[str, Any]) -> RunView:
         config = run.get("config", {})
@@ -140,9 +140,9 @@ class RunReader:
         seconds = {kind: tuple(float(line["seconds"]) for line in lines) for kind, lines in phases.items()}
         view = replace(
             view,
-            name=str(run.get("name") or view.name),
+            name=plain(run.get("name") or view.name),
             run=str(run.get("run", "")),
-            error=str(run.get("error", "")),
+            error=plain(run.get("error", ""), 1000),
             round=view.phase.round if view.phase is not None else done,
             rounds=rounds,
             strategy=str(run.get("strategy", {}).get("name", "")),

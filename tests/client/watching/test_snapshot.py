@@ -101,6 +101,19 @@ def test_refusals_are_counted_and_the_last_are_told_with_their_reason(served: Si
     assert "reason 6" in printed(view) and "reason 1" not in printed(view)
 
 
+def test_a_server_cannot_write_to_the_terminal_of_a_site_or_make_up_kinds_without_end(served: SiteKit) -> None:
+    with (served.state / "audit.jsonl").open("a") as file:
+        for number in range(50):
+            escape = f"\x1b[2J\x07\r\n{number}"
+            line = {"event": "refused", "kind": f"query.{escape}", "run": escape * 100, "round": 1, "why": escape}
+            file.write(json.dumps(line) + "\n")
+    view = SiteReader(served).look()
+    assert view.refused == {("other", "other"): 50}
+    text = printed(view)
+    assert "other of ?[2J" in text and not [c for c in text if not c.isprintable() and c != "\n"]
+    assert len(text.splitlines()) < 20
+
+
 def test_a_broken_policy_and_a_damaged_ledger_are_told_of(served: SiteKit) -> None:
     (ledger,) = (served.state / "ledgers").glob("*.jsonl")
     ledger.write_text(ledger.read_text().replace('"steps": 3', '"steps": 1', 1))

@@ -16,6 +16,7 @@ from fedgraft.core.errors import UserError
 from fedgraft.deployment.authority import Authority
 from fedgraft.deployment.kits import ServerKit
 from fedgraft.deployment.processes import free_port
+from fedgraft.privacy.auditlog import AuditLog
 from fedgraft.server.deployed import serving
 from fedgraft.server.deployed.control import Node, Run
 from fedgraft.server.watching import deployment
@@ -81,7 +82,7 @@ def test_a_job_is_seen_from_its_submission_to_its_end(
     assert view.job is not None and (view.job.status, view.job.round) == ("finished", 1)
     assert {site.name: site.connected for site in view.job.sites} == {"east": True, "north": False, "south": False}
     text = printed(view)
-    assert "tiny  finished  round 1 of 1" in text
+    assert "second  finished  round 1 of 1" in text
     assert [line.split()[:2] for line in text.splitlines()[-3:]] == [
         ["east", "online"],
         ["north", "offline"],
@@ -108,11 +109,23 @@ def test_what_the_files_say_is_shown_while_the_server_is_away(
     assert "does not answer" in printed(view) and "offline" not in printed(view)
 
 
+def test_whom_the_server_turned_away_is_on_the_page(kit: ServerKit, server: Server) -> None:
+    log = AuditLog(kit.state)
+    for why in ("its key is not known here", "only processes on this machine may", "its key is not known here"):
+        log.write("refused", why=why, address="10.0.0.9", path="/v1/fleet/x")
+    log.write("registered", site="east", key="ab")
+    view = KitReader(kit).look()
+    assert view.refused == {"its key is not known here": 2, "only processes on this machine may": 1}
+    text = printed(view)
+    assert "refused 2: its key is not known here" in text and "ago, from 10.0.0.9" in text
+
+
 def test_server_start_serves_metrics_and_says_its_lines(
     kit: ServerKit, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("prometheus_client")
     port, scraped = free_port(), []
+    AuditLog(kit.state).write("refused", why="its key is not known here", address="10.0.0.9", path="/")
 
     def serve(kit: ServerKit, say: Any) -> None:
         say("serving oncology")
@@ -126,3 +139,4 @@ def test_server_start_serves_metrics_and_says_its_lines(
         cli.main()
     assert ended.value.code == 0 and capsys.readouterr().out == "serving oncology\n"
     assert 'fedgraft_site_up{site="north"} 0.0' in scraped[0] and "fedgraft_server_up 1.0" in scraped[0]
+    assert 'fedgraft_server_refusals_total{reason="its key is not known here"} 1.0' in scraped[0]

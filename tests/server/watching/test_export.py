@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,46 +71,31 @@ def in_tensorboard(place: Path) -> Curves:
     return found
 
 
-def in_mlflow(place: Path) -> Curves:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{place / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name("fedgraft").experiment_id])
-    found: Curves = {}
-    for curve in run.data.metrics:
-        for point in client.get_metric_history(run.info.run_id, curve):
-            found.setdefault((curve, point.step), []).append(point.value)
-    return found
-
-
-TOOLS: list[Any] = [
-    pytest.param(TensorBoard, in_tensorboard, "tensorboard", id="tensorboard"),
-    pytest.param(lambda folder, place: MLflow(folder, str(place)), in_mlflow, "mlflow", id="mlflow"),
-]
-
-
-@pytest.mark.parametrize(("sink", "read", "library"), TOOLS)
-def test_a_tool_reads_every_point_once_however_often_it_is_exported(
-    finished: Path, tmp_path: Path, sink: Callable[..., Any], read: Callable[[Path], Curves], library: str
-) -> None:
-    pytest.importorskip(library)
+def test_tensorboard_reads_every_point_once_however_often_it_is_exported(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     want = expected(finished)
     for _ in range(2):
-        assert export(finished, sink(finished, tmp_path), follow=False) == len(want)
-        found = read(tmp_path)
+        assert export(finished, TensorBoard(finished, tmp_path), follow=False) == len(want)
+        found = in_tensorboard(tmp_path)
         assert set(found) == set(want)
         # TensorBoard keeps single precision.
         assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in want.items())
 
 
-def test_mlflow_knows_what_was_run_and_that_it_is_over(finished: Path, tmp_path: Path) -> None:
+def test_mlflow_has_one_run_and_every_point_once_however_often_it_is_exported(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
-    export(finished, MLflow(finished, str(tmp_path)), follow=False)
+    want, told = expected(finished), json.loads((finished / "run.json").read_text())
+    for _ in range(2):
+        assert export(finished, MLflow(finished, str(tmp_path)), follow=False) == len(want)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("fedgraft").experiment_id])
-    told = json.loads((finished / "run.json").read_text())
+    found: Curves = {}
+    for curve in run.data.metrics:
+        for point in client.get_metric_history(run.info.run_id, curve):
+            found.setdefault((curve, point.step), []).append(point.value)
+    assert found == {key: [value] for key, value in want.items()}
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
     assert run.data.tags["fedgraft.run"] == told["run"]
     assert run.data.params["strategy"] == told["config"]["strategy"] and run.data.params["privacy.epsilon"] == "2.0"
@@ -178,6 +163,19 @@ def test_without_the_library_the_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"pip install 'fedgraft\[{tool}\]'"):
         TensorBoard(finished, tmp_path) if tool == "tensorboard" else MLflow(finished, str(tmp_path))
+
+
+@pytest.mark.parametrize("tool", ["tensorboard", "mlflow"])
+def test_a_destination_that_takes_nothing_is_one_line(finished: Path, tmp_path: Path, tool: str) -> None:
+    pytest.importorskip(tool)
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / "below"
+    with pytest.raises(UserError, match=f"^{tmp_path / 'file'}.*: (cannot be written|MLflow does not take it)"):
+        export(
+            finished,
+            TensorBoard(finished, place) if tool == "tensorboard" else MLflow(finished, str(place)),
+            follow=False,
+        )
 
 
 def test_the_command_says_what_it_did_and_names_a_folder_without_a_run(
