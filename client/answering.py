@@ -374,7 +374,8 @@ class SiteClient:
             require_memory(model, prepared.train, config, private=config.privacy.enabled, on_smaller=smaller)
         if config.privacy.enabled:
             # Whatever would stop the run later must stop it now, before any site has spent anything.
-            train, evaluation = (self._unpaid(kind, job, config, here, prepared) for kind in ("train", "evaluate"))
+            train = self._unpaid("train", job, config, here, prepared)
+            evaluation = self._unpaid("evaluate", job, config, here, prepared)
             if train.round <= config.rounds:
                 plan = plan_of(train, config, prepared)
                 require_room(prepared, plan.events(plan.first_step, plan.steps), "train")

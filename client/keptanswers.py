@@ -105,7 +105,7 @@ class KeptAnswer:
         try:
             head, _, body = self._path.read_bytes().partition(b"\n")
             terms, about, digest = json.loads(head)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return None
         if terms != self._terms or digest != _sha256(body):
             return None

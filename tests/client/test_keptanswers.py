@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as PackedRecordDict
+from typer.testing import CliRunner
 
+from fedgraft.cli import app
 from fedgraft.client import app as client_app
 from fedgraft.client import keptanswers
 from fedgraft.core.adapter import AdapterState
@@ -127,7 +132,55 @@ def test_more_rounds_for_a_run_change_no_answer_that_was_given(talk: Talk) -> No
     assert _bytes(site.train()[1]) == _bytes(sent) and _parts(site) == ["train"]
 
 
+def test_what_is_left_of_a_run_has_the_noise_that_it_would_have_had(talk: Talk, tmp_path: Path) -> None:
+    events = []
+    for faulty in (False, True):
+        site = talk()
+        for number in (1, 2, 3):
+            assert site.train(number)[0].error == ""
+            if faulty:
+                assert site.hello(round=number).error == "" and site.train(number)[0].error == ""
+        events.append(Ledger(site.folder / "ledgers").events())
+        site.folder.rename(tmp_path / f"faulty-{faulty}")
+    assert events[0] == events[1] and len(events[0]) == 3
+
+
+def test_counts_of_other_personal_tensors_are_paid_anew(talk: Talk) -> None:
+    site = talk()
+    head = {name for name in site.state if "classifier" in name}
+    local = site.state.with_spec(site.state.spec.with_policy("local", lambda t: t.name in head))
+    content = encode_adapter(local, wire="fp32")
+    first = site.evaluate(1, content)
+    assert site.train(1, content)[0].error == ""
+    # The adapter of the server is the same; the site's own head is not.
+    assert site.evaluate(1, content).metrics != first.metrics
+    assert _parts(site) == ["held-out", "train", "held-out"]
+
+
+def test_the_audit_log_of_a_repeated_answer_stands_its_check(talk: Talk) -> None:
+    site = talk()
+    for number in (1, 2, 1):
+        assert site.train(number)[0].error == ""
+    assert site.log()[-1]["repeated"] is True
+    result = CliRunner().invoke(app, ["privacy", "ledger", "verify", str(site.folder)])
+    assert result.exit_code == 0, result.output
+
+
 def test_a_kept_answer_passes_the_gate_once_more(talk: Talk) -> None:
+    site = talk()
+    site.train()
+    (path,) = (site.folder / "answers").glob("*/train-1")
+    head, _, body = path.read_bytes().partition(b"\n")
+    content = recorddict_from_proto(PackedRecordDict.FromString(body))
+    content["metrics"]["loss"] = 0.5
+    body = _bytes(content)
+    path.write_bytes(json.dumps([*json.loads(head)[:2], hashlib.sha256(body).hexdigest()]).encode() + b"\n" + body)
+    refused, content = site.train()
+    assert refused.error == "the site's gate held its answer back: it tells a training loss, which no noise protects"
+    assert set(content) == {"site"} and _parts(site) == ["train"]
+
+
+def test_a_kept_answer_stays_where_the_policy_has_changed(talk: Talk) -> None:
     site = talk()
     site.train()
     policy = site.folder / "policy.toml"
@@ -142,11 +195,11 @@ def test_a_damaged_answer_is_none(talk: Talk) -> None:
     (path,) = (site.folder / "answers").glob("*/train-1")
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
     kept = path.read_bytes()
-    for damaged in (kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b"", b"[]\n", b"{}"):
+    for damaged in (kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b"", b"[]\n", b"{}", b"1\n"):
         path.write_bytes(damaged)
         answer, content = site.train()
         assert answer.error == "" and _bytes(content) != _bytes(sent)
-    assert _parts(site) == ["train"] * 6
+    assert _parts(site) == ["train"] * 7
 
 
 def test_what_cannot_be_kept_costs_nothing_and_does_not_leave(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +218,20 @@ def test_what_cannot_be_kept_costs_nothing_and_does_not_leave(talk: Talk, monkey
     assert "does not leave" in refused.error and set(content) == {"site"}
 
 
+def test_a_disk_without_room_is_found_before_anything_is_paid(talk: Talk) -> None:
+    site, before = talk(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    site.hello()
+    # No file can be longer than the logs need.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, before[1]))
+    try:
+        refused, content = site.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "train-1: cannot be written: File too large; an answer that the site cannot keep" in refused.error
+    assert set(content) == {"site"} and _parts(site) == [] and site.log()[-1]["event"] == "refused"
+    assert site.train()[0].error == "" and _parts(site) == ["train"]
+
+
 def test_only_the_last_rounds_of_the_last_runs_are_kept(talk: Talk) -> None:
     changes = {"rounds": 9, "privacy.noise_multiplier": 12.0, "evaluate.release": "none"}
     site = talk(**changes)
@@ -179,6 +246,12 @@ def test_only_the_last_rounds_of_the_last_runs_are_kept(talk: Talk) -> None:
 def test_a_run_without_privacy_keeps_nothing(talk: Talk) -> None:
     site = talk(**{"privacy.enabled": False, "evaluate.release": "auto"})
     assert site.train()[0].error == "" and not (site.folder / "answers").exists()
+
+
+def test_simulated_sites_keep_nothing(tiny_federation: Any, tmp_path: Path) -> None:
+    tiny_federation.run(tiny_federation.private(rounds=1), tmp_path / "run")
+    assert list(tmp_path.glob("run/sites/*/ledgers/*.jsonl")) and not list(tmp_path.rglob("answers"))
+    assert client_app.DEPLOYED.keeps
 
 
 def test_the_name_of_a_run_is_no_path(talk: Talk, tmp_path: Path) -> None:

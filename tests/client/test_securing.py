@@ -102,6 +102,7 @@ def test_a_site_plays_its_part_and_the_sum_is_right(north: Any, keys: Any, tiny_
     one = Round(site := north(), keys).to_shares()
     content = one.train()
     assert error(content) == "" and set(content) == {"site", "metrics", "masked"}
+    assert not (site.folder / "answers").exists(), "what was masked once is never sent a second time"
     one.server.masked("north", decode_masked(content, "north"))
     for name, other in one.others.items():
         # They must say the same of what they trained, which only a site knows: the real one keeps it.
