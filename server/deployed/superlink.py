@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flwr.supercore import sql_mixin
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink import extensions
@@ -38,6 +39,8 @@ _ACTS = ("start-run", "stop-run", "register-node", "unregister-node")
 _TURNED_AWAY = {401: "a key that is not registered, or a clock that is off", 403: "from another machine"}
 #: The same refusal is written down once in this many seconds, and so many different ones: a stranger fills no disk.
 _AGAIN, _MOST = 600.0, 200
+#: Milliseconds that a request waits for others to be done with the database; SQLite's own default is 5 s.
+_BUSY = "60000"
 
 
 class OwnMachine:
@@ -136,6 +139,8 @@ def main() -> None:
         return (Middleware(Witness, audit_log=audit_log), Middleware(OwnMachine), *found())
 
     extensions.get_middleware = guarded
+    # A site does not send an answer twice: one that finds the database busy for five seconds would be lost.
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", _BUSY))
     flower_superlink()
 
 

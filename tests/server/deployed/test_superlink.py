@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore import sql_mixin
 from flwr.superlink import extensions
 
 from fedgraft.core.errors import UserError
@@ -123,6 +126,7 @@ def test_flower_puts_the_guard_in_front_of_all_it_serves(tmp_path: Path, monkeyp
     monkeypatch.setattr(superlink, "flower_superlink", lambda: found.append(create_app()))
     monkeypatch.setattr(superlink, "start_parent_process_monitor", lambda pid: None)
     monkeypatch.setattr(extensions, "get_middleware", extensions.get_middleware)
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
     (tmp_path / "federation.toml").write_text(
         'name = "x"\n[server]\naddress = "127.0.0.1:9092"\n[[site]]\nname = "east"\n'
     )
@@ -131,3 +135,6 @@ def test_flower_puts_the_guard_in_front_of_all_it_serves(tmp_path: Path, monkeyp
     superlink.main()
     (app,) = found
     assert [entry.cls for entry in app.user_middleware[:2]] == [Witness, OwnMachine]
+    with contextlib.closing(sqlite3.connect(tmp_path / "link.db")) as connection:
+        sql_mixin._set_sqlite_pragmas(connection, None)
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (60_000,), "as Flower opens its database"
