@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +18,9 @@ from types import FrameType
 from ..core.errors import UserError
 from .files import PRIVATE_FILE, private_folder
 
+#: Tells a process in its surroundings the number of the one that it must not outlive.
+PARENT = "FEDGRAFT_PARENT"
+_POLL = 0.2
 _GRACE = 10.0
 _LONGER = 3 * _GRACE
 _LAST_BYTES = 1 << 16
@@ -98,6 +103,20 @@ def end(process: subprocess.Popen[bytes], *, patiently: bool = False) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+def leave_with_parent(leave: Callable[[], object]) -> None:
+    """Call ``leave`` once the process is gone that started this one and said so by :data:`PARENT`."""
+    parent = os.environ.get(PARENT, "")
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(_POLL)
+        leave()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Stopped(BaseException):

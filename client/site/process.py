@@ -6,14 +6,16 @@ Else a site whose `fedgraft site start` was killed would go on, and a second one
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 
 import httpx
-from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
+
+from ...deployment.processes import leave_with_parent
 
 #: The least that a SuperNode waits between two looks for a message, or for the worker's answer.
 SOON = 0.2
@@ -66,7 +68,8 @@ def patient() -> RetryInvoker:
 
 def main() -> None:
     """`flower-supernode`, watched over."""
-    start_parent_process_monitor(os.getppid())
+    # As Ctrl-C, so that the server hears of it.
+    leave_with_parent(lambda: os.kill(os.getpid(), signal.SIGINT))
     fleet_http_connection.make_simple_http_retry_invoker = patient
     start_client_internal.time = Waiting()  # type: ignore[assignment]
     flower_supernode()

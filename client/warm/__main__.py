@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from ...core.errors import UserError
 from ...core.watching import logs
+from ...deployment.processes import leave_with_parent
 from .worker import Options, serve
 
 
@@ -29,6 +31,8 @@ def main(
     if not logs.begin(sys.stderr):
         logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # At once, whatever it is at: the answerer goes with it, and the next worker finds the folder free.
+    leave_with_parent(lambda: os._exit(1))
     try:
         serve(Options(folder, runtime_api_address, superexec_auth_secret_file, root_certificates, deadline, poll))
     except UserError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,3 +98,29 @@ def test_a_request_to_end_leaves_the_block_and_puts_the_handler_back() -> None:
     with pytest.raises(UserError), ended_on_signals():
         raise UserError("passes through")
     assert reached == [] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_ends_with_the_one_that_started_it_however_that_ends(tmp_path: Path) -> None:
+    child = (
+        "import os, time; from fedgraft.deployment.processes import leave_with_parent; "
+        "leave_with_parent(lambda: os._exit(1)); print('up', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import os, sys, time; from pathlib import Path; "
+        "from fedgraft.deployment.processes import PARENT, environment, launch; "
+        f"found = launch([sys.executable, '-c', {child!r}], environment(Path({str(tmp_path)!r}), "
+        f"**{{PARENT: str(os.getpid())}}), Path({str(tmp_path / 'log')!r})); "
+        "print(found.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = psutil.Process(int(process.stdout.readline()))
+        deadline = time.monotonic() + 20
+        while "up" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline and found.is_running()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert found.is_running(), "its parent is there"
+        process.kill()
+    found.wait(10)
+    assert not found.is_running()

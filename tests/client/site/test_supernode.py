@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.supernode.cli.flower_supernode import _parse_supernode_lifespan_config
 
-from fedgraft.client.site import supernode
+from fedgraft.client.site import leaving, supernode
 from fedgraft.client.site.keys import make_key
 from fedgraft.client.site.trust import write_roster
 from fedgraft.core.errors import UserError
@@ -189,3 +193,93 @@ def test_a_server_without_tls_hears_the_beginning_of_tls_and_nothing_of_the_site
     assert not any(word in sent for sent in heard for word in (b"HTTP", b"GET", b"east"))
     (line,) = audit_journal(kit.state / "audit.jsonl").entries()
     assert line["event"] == "refused" and "speaks no TLS" in line["why"]
+
+
+def _fake(folder: Path, name: str, *, deaths: int, words: str = "") -> list[str]:
+    """A process that dies by SIGKILL the first few times and then stays; counts its starts in ``folder``."""
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        f"starts = pathlib.Path({str(folder / name)!r})\n"
+        "starts.open('a').write('x')\n"
+        f"print({words!r}, flush=True)\n"
+        f"if len(starts.read_text()) <= {deaths}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+def fakes(kit: SiteKit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Starts a site of fake processes, each of which dies so often; SIGTERM comes once both are up for good.
+
+    Returns what was said, the pauses, and the numbers of the SuperNodes that the server was told of.
+    """
+
+    def run(*, worker: int = 0, node: int = 0, words: str = "", reached: bool = True) -> Any:
+        said: list[str] = []
+        pauses: list[float] = []
+        left: list[int] = []
+        for name, times, text in (("worker", worker, words), ("supernode", node, "SuperNode ID: 77")):
+            command = _fake(kit.folder, name, deaths=times, words=text)
+            monkeypatch.setattr(supernode, f"{name}_command", lambda *a, command=command: command)
+
+        def pause(seconds: float) -> None:
+            if seconds != supernode._POLL:
+                pauses.append(seconds)
+                return
+            starts = {name: kit.folder / name for name in ("worker", "supernode")}
+            wanted = {"worker": worker + 1, "supernode": node + 1}
+            if all(path.exists() and len(path.read_text()) == wanted[name] for name, path in starts.items()):
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.02)
+
+        def leave(kit: SiteKit, number: int) -> bool:
+            left.append(number)
+            return reached
+
+        monkeypatch.setattr(leaving, "leave", leave)
+        monkeypatch.setattr(supernode, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
+        supernode.start(kit, said.append)
+        return said, pauses, left
+
+    return run
+
+
+def test_a_worker_that_dies_is_started_again_after_a_growing_pause(fakes: Callable[..., Any], kit: SiteKit) -> None:
+    said, pauses, left = fakes(worker=3, words="its last words")
+    log = kit.folder / "logs" / "worker.log"
+    again = f"the site's worker ended with code -9: its last words (log: {log}); it is started again"
+    assert said[1:] == [again] * 3
+    assert pauses == [2, 4, 6] and left == []
+    assert not (kit.state / "audit.jsonl").exists(), "nothing was refused"
+
+
+def test_a_supernode_that_dies_is_started_again_once_the_server_lets_go_of_it(fakes: Callable[..., Any]) -> None:
+    said, pauses, left = fakes(node=2)
+    assert [line.split(" (log")[0] for line in said[1:]] == ["the SuperNode ended with code -9: SuperNode ID: 77"] * 2
+    assert pauses == [2, 4] and left == [77, 77]
+
+
+def test_a_supernode_that_dies_while_the_server_is_away_waits_until_it_is_forgotten(fakes: Callable[..., Any]) -> None:
+    _, pauses, left = fakes(node=1, reached=False)
+    assert pauses == [62] and left == [77]
+
+
+def test_processes_that_do_not_stay_up_end_the_site_with_one_line(fakes: Callable[..., Any], kit: SiteKit) -> None:
+    with pytest.raises(UserError, match=r"ended with code -9: .*; the site's processes died 6 times in 10 minutes$"):
+        fakes(worker=9)
+    assert (kit.folder / "worker").read_text() == "x" * 6
+    (line,) = audit_journal(kit.state / "audit.jsonl").entries()
+    assert line["event"] == "refused" and "died 6 times" in line["why"]
+
+
+def test_deaths_that_lie_long_ago_are_not_counted(fakes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supernode, "_WITHIN", 0.0)
+    said, _, _ = fakes(worker=7)
+    assert len(said) == 8
+
+
+def test_a_worker_that_says_why_it_ends_is_not_started_again(fakes: Callable[..., Any], kit: SiteKit) -> None:
+    with pytest.raises(UserError, match=r"the site's worker ended with code -9: fedgraft: another worker .* serves"):
+        fakes(worker=1, words="fedgraft: another worker (process 9) serves this site")
+    assert (kit.folder / "worker").read_text() == "x"
