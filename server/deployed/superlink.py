@@ -140,7 +140,7 @@ def main() -> None:
 
     extensions.get_middleware = guarded
     # A site does not send an answer twice: one that finds the database busy for five seconds would be lost.
-    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", _BUSY))
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", _BUSY))  # type: ignore[assignment]
     flower_superlink()
 
 
