@@ -36,7 +36,11 @@ _FOR_ALL = ("/v1/fleet/", "/health")
 _REFUSED = b"only processes on the server's own machine may do this\n"
 _CONTROL = "/v1/control/"
 _ACTS = ("start-run", "stop-run", "register-node", "unregister-node")
-_TURNED_AWAY = {401: "a key that is not registered, or a clock that is off", 403: "from another machine"}
+_TURNED_AWAY = {
+    401: "a key that is not registered, or a clock that is off",
+    403: "from another machine",
+    412: "a key that is not registered",
+}
 #: The same refusal is written down once in this many seconds, and so many different ones: a stranger fills no disk.
 _AGAIN, _MOST = 600.0, 200
 #: Milliseconds that a request waits for others to be done with the database; SQLite's own default is 5 s.
@@ -50,7 +54,7 @@ class OwnMachine:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(_FOR_ALL) or own_machine(scope):
+        if scope["type"] == "lifespan" or _passes(scope):
             await self.app(scope, receive, send)
             return
         headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(_REFUSED)).encode())]
@@ -78,9 +82,9 @@ class Witness:
         """What is written down of an answer with ``status``; None where nothing is."""
         address = scope["client"][0] if scope.get("client") else "?"
         path = scope["path"][:200]
-        if status in _TURNED_AWAY:
+        if status in _TURNED_AWAY and not (status == 403 and _passes(scope)):
             line = {"why": _TURNED_AWAY[status], "address": address, "path": path}
-            if status == 401:
+            if status != 403:
                 line["key"] = _key(scope)
             return {"event": "refused", **line} if self._is_news(tuple(line.values())) else None
         call = path.removeprefix(_CONTROL)
@@ -111,6 +115,10 @@ def _key(scope: Scope) -> str:
         return pem_fingerprint(base64.b64decode(sent, validate=True))
     except ValueError:
         return "none that can be read"
+
+
+def _passes(scope: Scope) -> bool:
+    return bool(scope["path"].startswith(_FOR_ALL) or own_machine(scope))
 
 
 def own_machine(scope: Any) -> bool:

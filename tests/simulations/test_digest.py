@@ -100,7 +100,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what is measured, and without the heads of ledgers, which hold the time."""
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for line in found:
-        line.pop("seconds")
+        del line["seconds"], line["time"]
         for site in line["sites"].values():
             site.get("privacy", {}).pop("ledger", None)
     return found

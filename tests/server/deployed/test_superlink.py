@@ -90,17 +90,20 @@ def _seen(folder: Path, *requests: tuple[str, int, dict[str, str]]) -> list[dict
     return audit_journal(folder / "audit.jsonl").entries()
 
 
-def test_a_key_that_is_turned_away_is_in_the_audit_log_by_its_fingerprint_and_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [401, 412])
+def test_a_key_that_is_turned_away_is_in_the_audit_log_by_its_fingerprint_and_once(tmp_path: Path, status: int) -> None:
     key = certificates.new_key().public_key()
     header = {"flwr-public-key": base64.b64encode(certificates.public_pem(key).encode()).decode()}
-    stranger = ("/v1/fleet/activate-node", 401, header)
-    first, second = _seen(tmp_path, stranger, stranger, ("/v1/fleet/activate-node", 401, {"flwr-public-key": "?"}))
+    stranger = ("/v1/fleet/activate-node", status, header)
+    first, second = _seen(tmp_path, stranger, stranger, ("/v1/fleet/activate-node", status, {"flwr-public-key": "?"}))
     assert (first["event"], first["address"], first["key"]) == ("refused", SITE[0], certificates.key_fingerprint(key))
     assert second["key"] == "none that can be read"
 
 
 def test_commands_are_in_the_audit_log_whoever_gave_them_and_other_requests_are_not(tmp_path: Path) -> None:
-    fine = [("/v1/fleet/pull-messages", 200, {}), ("/health", 200, {}), ("/v1/control/list-nodes", 200, {})]
+    # Flower answers so too where a run is over.
+    over = ("/v1/fleet/push-messages", 403, {})
+    fine = [("/v1/fleet/pull-messages", 200, {}), over, ("/health", 200, {}), ("/v1/control/list-nodes", 200, {})]
     given, refused = _seen(tmp_path, *fine, ("/v1/control/start-run", 200, {}), ("/v1/control/start-run", 403, {}))
     assert (given["event"], given["call"], given["status"]) == ("control", "start-run", 200)
     assert (refused["event"], refused["why"]) == ("refused", "from another machine")
