@@ -151,7 +151,8 @@ class _Process:
 
     def why(self) -> str:
         code = self._process.returncode if self._process is not None else None
-        return f"{self.name} ended with code {code}: {self.words()} (log: {self._log})"
+        words = self.words()
+        return f"{self.name} ended with code {code}{': ' if words else ''}{words} (log: {self._log})"
 
 
 def _bring_back(kit: SiteKit, process: _Process, deaths: deque[float], say: Callable[[str], None]) -> None:
