@@ -59,7 +59,8 @@ def _killed_in_its_second_training(loopback: Loopback, site: str) -> Iterator[li
     def watch() -> None:
         path = loopback.site(site) / "state" / "audit.jsonl"
         while not over.wait(0.05):
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            text = path.read_text() if path.exists() else ""
+            lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
             if any(line.get("kind") == "shares" and line.get("round") == 2 for line in lines):
                 time.sleep(0.5)
                 whole = psutil.Process(loopback.processes[site].pid)

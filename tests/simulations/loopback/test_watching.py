@@ -39,16 +39,18 @@ def test_a_deployment_is_seen_at_every_stage_and_logs_no_record(
             KitReader(kit),
             {name: SiteReader(SiteKit.open(loopback.site(name))) for name in ("east", "north")},
         )
-        before = {name: site.look() for name, site in sites.items()}
-        assert all(view.worker and view.connected and not view.answered for view in before.values())
-        _, number = jobs.submit(kit, control, loopback.config, "watched")
         deadline = time.monotonic() + 600
+        while not all(view.worker and view.connected for view in (site.look() for site in sites.values())):
+            assert time.monotonic() < deadline, "no site is up"
+            time.sleep(0.2)
+        assert not any(site.look().answered for site in sites.values())
+        jobs.submit(kit, control, loopback.config, "watched")
         while (view := reader.look()).job is None or view.job.status not in ("finished", "failed"):
             assert time.monotonic() < deadline, view
             if view.job is not None and view.job.phase is not None:
                 seen.add((view.job.phase.kind, view.job.phase.round))
             time.sleep(0.2)
-        jobs.require_completed(control, number)
+        jobs.require_completed(kit, control, "watched")
         assert view.job.status == "finished" and view.sites == dict.fromkeys(("east", "north", "south"), True)
         after = {name: site.look() for name, site in sites.items()}
         reader.close()
