@@ -153,6 +153,8 @@ def ward(job: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Ward]:
             "data.sites": sites,
             "privacy.seeded_noise_not_private": True,
             "privacy.epsilon": _EPSILON,
+            # Fixed: else a round that is paid twice leaves less for the later ones, whose noise then differs.
+            "privacy.noise_multiplier": 3.2,
             "server.quorum": 2,
             "server.join_timeout": 30.0,
             "server.round_timeout": 200.0,
@@ -201,8 +203,9 @@ def test_a_site_that_is_killed_before_during_and_after_training_comes_back(
     missing = {number: line["missing"].get("east") for number, line in ward.lines().items()}
     assert list(missing) == list(range(1, _ROUNDS + 1))
     assert missing[1] == "not connected" and missing[answered] is None and missing[_ROUNDS] is None
-    # It is greeted anew before it takes part, for which a round may be too early.
-    assert missing.pop(lost) == "the connection to it was lost" and set(missing.values()) == {"not connected", None}
+    assert missing.pop(lost) == "the connection to it was lost"
+    # It is greeted anew before it takes part, for which a round may be too early; one may be asked of who just died.
+    assert set(missing.values()) <= {"not connected", "the connection to it was lost", None}
     trained = sorted([lost, *(number for number, why in missing.items() if why is None)])
     assert ward.spent("east") == [(number, _STEPS["east"]) for number in trained]
     assert ward.spent("north") == [(number, _STEPS["north"]) for number in range(1, _ROUNDS + 1)]
