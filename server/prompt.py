@@ -13,7 +13,12 @@ from flwr.superlink.grid import HttpGrid
 
 #: Seconds between two looks.
 LOOK = 0.2
-_LOST = "the connection to it was lost"
+#: What Flower's own replies in place of a site's come to.
+_SAID = {
+    ErrorCode.NODE_UNAVAILABLE: "the connection to it was lost",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer in time",
+}
 
 
 def prompt(grid: Grid) -> Grid:
@@ -52,5 +57,4 @@ def _named(reply: Message, asked: Message) -> Message:
     if not reply.has_error() or reply.metadata.src_node_id == asked.metadata.dst_node_id:
         return reply
     code = reply.error.code
-    reason = _LOST if code == ErrorCode.NODE_UNAVAILABLE else reply.error.reason
-    return Message(Error(code, reason), reply_to=asked)
+    return Message(Error(code, _SAID.get(code, reply.error.reason)), reply_to=asked)

@@ -22,7 +22,7 @@ class Answering(HttpGrid):
 
     def __init__(self, delays: dict[int, float]) -> None:
         self.delays, self.due, self.looks = delays, {}, 0
-        self.lost: set[int] = set()
+        self.lost: dict[int, int] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         now = time.monotonic()
@@ -32,7 +32,8 @@ class Answering(HttpGrid):
             delay = self.delays[message.metadata.dst_node_id]
             reply = Message(RecordDict(), reply_to=message)
             if message.metadata.dst_node_id in self.lost:
-                reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable"), reply_to=message)
+                code = self.lost[message.metadata.dst_node_id]
+                reply = Message(Error(code, "Error: Flower's own words"), reply_to=message)
                 reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
             self.due[str(number)] = (now + delay, reply)
         return list(self.due)
@@ -85,12 +86,19 @@ def test_the_grid_of_a_simulation_is_left_as_it_is() -> None:
     assert prompt(grid) is grid
 
 
-def test_a_site_that_is_lost_is_named_which_flower_does_not() -> None:
+@pytest.mark.parametrize(
+    ("code", "said", "fault"),
+    [
+        (ErrorCode.NODE_UNAVAILABLE, "the connection to it was lost", "absent"),
+        (ErrorCode.MESSAGE_UNAVAILABLE, "no answer in time", "late"),
+        (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "no answer in time", "late"),
+    ],
+)
+def test_a_site_that_is_lost_or_late_is_named_which_flower_does_not(code: int, said: str, fault: str) -> None:
     grid = Answering({7: 0.0, 8: 0.0})
-    grid.lost = {8}
+    grid.lost = {8: code}
     messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (7, 8)]
     fine, lost = sorted(prompt(grid).send_and_receive(messages), key=lambda reply: reply.has_error())
     assert fine.metadata.src_node_id == 7 and not fine.has_error()
     assert lost.metadata.src_node_id == 8
-    assert (lost.error.code, lost.error.reason) == (ErrorCode.NODE_UNAVAILABLE, "the connection to it was lost")
-    assert fault_of(lost.error) == "absent"
+    assert (lost.error.code, lost.error.reason, fault_of(lost.error)) == (code, said, fault)

@@ -263,7 +263,9 @@ def test_a_straggler_beyond_the_deadline_is_named_and_the_others_go_on(field: Ca
         finish()
     for number in (1, 2):
         (line,) = found.lines(number)
-        assert line["missing"] == {"east": "no answer in 15 s"} and line["faults"] == {"east": "late"}
+        # Flower may say so first.
+        assert line["missing"]["east"] in ("no answer in 15 s", "no answer in time")
+        assert line["faults"] == {"east": "late"}
         assert line["seconds"] < 40
     assert "east answered in 0 of 2 rounds (2 late)" in read_run(found.run)["warnings"]
     # It was still at the first round, whose steps are all counted; the second may have been set aside since.
