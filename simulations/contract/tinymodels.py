@@ -28,7 +28,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from fedgraft.core.basemodel import quiet
+from ...core.basemodel import quiet
 
 _TEXT = """
 acute chronic severe mild left right upper lower fracture infection neoplasm disorder fever pain burn injury
@@ -125,7 +125,7 @@ def _text_config(family: str) -> PretrainedConfig:
         d_ff=2 * HIDDEN,
         num_layers=LAYERS,
         num_heads=HEADS,
-        decoder_start_token_id=words.pad_token_id,
+        decoder_start_token_id=words.pad_token_id,  # type: ignore[call-arg]
         **given,
     )
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from ..core.adapter import AdapterState, Averaging
-from ..core.basemodel import BaseModel, load_pretrained, quiet
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .attach import AttachedAdapter
-from .registry import Method, attention_targets, register
+from ...core.adapter import AdapterState, Averaging
+from ...core.basemodel import BaseModel, load_pretrained, quiet
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..attach import AttachedAdapter
+from ..registry import Method, attention_targets, register
 
 _PREFIX = "base_model.model."
 
@@ -91,5 +91,10 @@ register(
         prepare=_prepare,
         meaning=_meaning,
         attached=WholeModel,
+        equation="W = W0 + dW, all of it",
+        federates="averaged weight by weight (FedAvg)",
+        privacy="exact clipping; the noise grows with every weight",
+        kind="whole",
+        merges=False,
     )
 )

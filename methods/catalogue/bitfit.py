@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, PeftModel
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .registry import Method, attention_targets, register
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..registry import Method, attention_targets, register
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> LoraConfig:
@@ -53,5 +53,10 @@ register(
         configure=_configure,
         prepare=_prepare,
         meaning=_meaning,
+        equation="b = b0 + db for every bias b0",
+        federates="averages exactly",
+        privacy="exact clipping; one number a bias, the least noise of all",
+        kind="partial",
+        contract={"unfit": {"llama": "no biases", "t5": "no biases"}},
     )
 )

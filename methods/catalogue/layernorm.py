@@ -5,12 +5,12 @@ from __future__ import annotations
 from peft import LNTuningConfig
 from torch import nn
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .registry import Method, register, require_targets
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..registry import Method, register, require_targets
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> LNTuningConfig:
@@ -44,5 +44,9 @@ register(
         configure=_configure,
         meaning=_meaning,
         accepts=frozenset({"target_modules"}),
+        equation="y = (gamma0 + dgamma) norm(x) + beta0 + dbeta",
+        federates="averages exactly within a layer",
+        privacy="exact clipping; 2 d numbers a LayerNorm",
+        kind="partial",
     )
 )

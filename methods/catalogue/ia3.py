@@ -10,12 +10,12 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
 )
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .registry import Method, register, require_targets
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..registry import Method, register, require_targets
 
 # Families whose module names PEFT's own table does not follow, or lacks.
 _TARGETS = {"vit": (["k_proj", "v_proj", "fc2"], ["fc2"])}
@@ -53,5 +53,9 @@ register(
         configure=_configure,
         meaning=_meaning,
         accepts=frozenset({"target_modules"}),
+        equation="k <- l_k k, v <- l_v v, feed-forward: W (l_ff act(.))",
+        federates="averages exactly within a layer",
+        privacy="exact clipping; 2 d + d_ff numbers a layer",
+        kind="other additive",
     )
 )

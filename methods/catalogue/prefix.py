@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from peft import PrefixTuningConfig
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .registry import Method, register
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..registry import Method, register
 
 
 def require_text(method: str, task: Task, base: BaseModel) -> None:
@@ -42,5 +42,11 @@ register(
         source="Li and Liang 2021, arXiv 2101.00190; Liu et al. 2022 (P-tuning v2), arXiv 2110.07602",
         configure=_configure,
         meaning=virtual_token_meaning,
+        equation="attention over [P_k; K], [P_v; V], p trained keys and values a layer",
+        federates="averaged position by position; the mean is not the mean of the functions",
+        privacy="exact clipping; 2 p d numbers a layer",
+        kind="prompt",
+        merges=False,
+        contract={"unfit": {"t5": "choose lora", "vit": "choose lora"}},
     )
 )

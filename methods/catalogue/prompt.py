@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from peft import PromptTuningConfig
 
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..registry import Method, register
 from .prefix import require_text, virtual_token_meaning
-from .registry import Method, register
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
@@ -32,5 +32,18 @@ register(
         source="Lester et al. 2021, arXiv 2104.08691",
         configure=_configure,
         meaning=virtual_token_meaning,
+        equation="[P; E x], p trained embeddings before the text's",
+        federates="averaged position by position; the mean is not the mean of the functions",
+        privacy="exact clipping; p d numbers",
+        kind="prompt",
+        merges=False,
+        contract={
+            "unfit": {
+                "t5": "choose lora",
+                "vit": "choose lora",
+                "gpt2/sequence-classification": "choose prefix",
+                "llama/sequence-classification": "choose prefix",
+            }
+        },
     )
 )

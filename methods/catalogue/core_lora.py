@@ -12,14 +12,14 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.errors import UserError
-from ..core.tasks import Task
-from .bases import bases_of
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.errors import UserError
+from ...core.tasks import Task
+from ..bases import bases_of
+from ..registry import Method, register
 from .lora import LORA_ACCEPTS, lora_config
-from .registry import Method, register
 
 _ADAPTER = "default"
 _HEADS = 4
@@ -157,6 +157,9 @@ register(
         uses_rank=True,
         accepts=LORA_ACCEPTS | {"init"},
         options={"common_rank": True},
+        equation="W = W0 + (alpha / r) B R A, B and A frozen, R (r, r)",
+        federates="R averages exactly; the frozen bases cross once",
+        privacy="exact clipping; r^2 numbers a layer, the best of the family at small epsilon",
     )
 )
 register(
@@ -172,5 +175,8 @@ register(
         uses_rank=True,
         accepts=LORA_ACCEPTS | {"init", "heads"},
         options={"common_rank": True},
+        equation="W = W0 + (alpha / (h r)) sum_i s_i B_i H_i A_i, B_i and A_i frozen",
+        federates="s_i H_i is what to average; averaged apart they are biased a little",
+        privacy="exact clipping; h (r^2 + 1) numbers a layer",
     )
 )

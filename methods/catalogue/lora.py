@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from ..core.adapter import Averaging
-from ..core.basemodel import BaseModel
-from ..core.config import MethodConfig
-from ..core.tasks import Task
-from .bases import bases_of
-from .registry import Method, attention_targets, register
+from ...core.adapter import Averaging
+from ...core.basemodel import BaseModel
+from ...core.config import MethodConfig
+from ...core.tasks import Task
+from ..bases import bases_of
+from ..registry import Method, attention_targets, register
 
 
 def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: object) -> LoraConfig:
@@ -68,6 +68,11 @@ register(
         uses_rank=True,
         build=_set_basis,
         accepts=LORA_ACCEPTS | {"init"},
+        equation="W = W0 + (alpha / r) B A, B (m, r) and A (r, n)",
+        federates=(
+            "averaged factor by factor (FedIT), which is not the mean of the products: exact strategies mend it"
+        ),
+        privacy="exact clipping; r (m + n) numbers a layer, and noise on both factors multiplies",
     )
 )
 register(
@@ -81,6 +86,11 @@ register(
         build=_set_basis,
         accepts=LORA_ACCEPTS | {"init"},
         options={"scaling": "sqrt"},
+        equation="W = W0 + (alpha / sqrt(r)) B A",
+        federates=(
+            "averaged factor by factor (FedIT), which is not the mean of the products: exact strategies mend it"
+        ),
+        privacy="exact clipping; r (m + n) numbers a layer, and noise on both factors multiplies",
     )
 )
 register(
@@ -92,5 +102,8 @@ register(
         meaning=lora_meaning,
         uses_rank=True,
         accepts=LORA_ACCEPTS,
+        equation="W = m (W0 + s B A) / |W0 + s B A|, row by row",
+        federates="averaged tensor by tensor; neither direction nor magnitude averages exactly",
+        privacy="exact clipping; r (m + n) + m numbers a layer",
     )
 )
