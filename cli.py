@@ -30,6 +30,7 @@ from .core.watching.prometheus import ADDRESS, endpoint
 from .deployment.commands import app as provision
 from .privacy.commands import app as privacy
 from .server.deployed.commands import job, server
+from .server.method_commands import app as methods
 from .server.strategy_commands import app as strategies
 from .server.watching.commands import export
 from .simulations.attack.commands import attack
@@ -51,6 +52,7 @@ app = typer.Typer(
 app.add_typer(privacy, name="privacy")
 app.add_typer(policy, name="policy")
 app.add_typer(strategies, name="strategies")
+app.add_typer(methods, name="methods")
 app.add_typer(scenarios, name="scenarios")
 app.add_typer(provision, name="provision")
 app.add_typer(site, name="site")
@@ -281,21 +283,6 @@ def show_profile(
     Console().print(profile_table(found))
     if rounds:
         Console().print(rounds_table(found))
-
-
-@app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the PEFT methods, and which train with differential privacy."""
-    from .methods import methods as known
-
-    rows = [{"name": m.name, "summary": m.summary, "source": m.source, "dp": m.dp} for m in known()]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table("name", "what trains", "with privacy", "source")
-    for row in rows:
-        table.add_row(row["name"], row["summary"], row["dp"], row["source"])
-    Console().print(table)
 
 
 @app.command()

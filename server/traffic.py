@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,9 @@ from ..core.adapter import AdapterSpec, AdapterState, LowRankPair
 from ..core.basemodel import BaseModel, quiet, resolve
 from ..core.config import MethodConfig, TaskConfig
 from ..core.errors import UserError, one_line
-from ..core.tasks import create_task
+from ..core.tasks import Task, create_task
 from ..core.tasks.base import head_modules
-from ..methods import attach, create_method
+from ..methods import AttachedAdapter, attach, create_method
 from ..strategies import Aggregator
 from ..strategies.contract.bench import Bench, fresh
 from ..strategies.one_shot import OneShot
@@ -40,25 +41,46 @@ class Traffic:
     model: int
 
 
-def adapter_of(model: str, method: str, rank: int, labels: int = 2) -> tuple[AdapterSpec, int]:
-    """The adapter that ``method`` makes on ``model`` (a folder or hub name; empty: BERT-base), and the model's bytes.
+@dataclass(frozen=True)
+class Skeleton:
+    """A base model without weights, and the task whose head it has: what methods are counted on."""
 
-    No weights are read: the model is made of its configuration, without memory. Raises :class:`UserError`.
+    name: str
+    base: BaseModel
+    task: Task
+
+    def attach(self, config: MethodConfig) -> AttachedAdapter:
+        """The adapter of ``config`` on a copy. Raises :class:`UserError` where it does not fit."""
+        # Singular vectors need weights; drawn bases have the same shapes.
+        method = create_method(config.name)
+        if not config.init and "init" in method.accepts and method.frozen:
+            config = config.model_copy(update={"init": "orthonormal"})
+        return attach(replace(self.base, model=copy.deepcopy(self.base.model)), config, self.task, seed=0)
+
+
+def skeleton(model: str, labels: int = 2) -> Skeleton:
+    """``model`` (a folder or hub name; empty: BERT-base) made of its configuration, without memory.
+
+    Raises :class:`UserError` when the configuration cannot be read, or no task has a head for it.
     """
-    chosen = create_method(method)
+    if not model:
+        return skeleton_of(BertConfig(), BERT_BASE, labels)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file fails in as many ways as there are architectures
+        raise UserError(f"model {model}: its configuration cannot be read: {one_line(error)[:300]}") from None
+    return skeleton_of(config, model, labels)
+
+
+def skeleton_of(config: Any, name: str, labels: int = 2) -> Skeleton:
+    """A model of the configuration ``config``. Raises :class:`UserError` when no task has a head for it."""
     names = tuple(f"label-{number}" for number in range(labels))
-    config: Any = BertConfig()
-    if model:
-        try:
-            with quiet():
-                config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
-        except UserError:
-            raise
-        except Exception as error:  # a foreign file fails in as many ways as there are architectures
-            raise UserError(f"model {model}: its configuration cannot be read: {one_line(error)[:300]}") from None
     config.num_labels = labels
-    for name in _TASKS:
-        task: Any = create_task(TaskConfig(name=name, labels=names))
+    for kind in _TASKS:
+        task: Any = create_task(TaskConfig(name=kind, labels=names))
         try:
             with torch.device("meta"), quiet():
                 network = task.auto_model.from_config(config, trust_remote_code=False)
@@ -66,15 +88,20 @@ def adapter_of(model: str, method: str, rank: int, labels: int = 2) -> tuple[Ada
         except ValueError:
             continue  # an architecture that has no such head
     else:
-        raise UserError(f"model {model}: {type(config).__name__} has no head for {' or '.join(_TASKS)}")
+        raise UserError(f"model {name}: {type(config).__name__} has no head for {' or '.join(_TASKS)}")
     network.requires_grad_(False)
-    size = sum(p.numel() * 4 for p in network.parameters())
     count = sum(p.numel() for p in network.parameters())
-    base = BaseModel(network, None, "", head_modules(network, task.heads), count, size)
-    # Singular vectors need weights; drawn bases have the same shapes.
-    init: Any = "orthonormal" if chosen.frozen else ""
-    wanted = MethodConfig(name=method, rank=rank, alpha=2.0 * rank, init=init)
-    return attach(base, wanted, task, seed=0).spec, size
+    return Skeleton(name, BaseModel(network, None, "", head_modules(network, task.heads), count, 4 * count), task)
+
+
+def adapter_of(model: str, method: str, rank: int, labels: int = 2) -> tuple[AdapterSpec, int]:
+    """The adapter that ``method`` makes on ``model`` (a folder or hub name; empty: BERT-base), and the model's bytes.
+
+    No weights are read. Raises :class:`UserError`.
+    """
+    create_method(method)
+    found = skeleton(model, labels)
+    return found.attach(MethodConfig(name=method, rank=rank, alpha=2.0 * rank)).spec, found.base.bytes
 
 
 def traffic(make: Callable[[], Aggregator], spec: AdapterSpec, model: int, sites: int = SITES) -> Traffic:

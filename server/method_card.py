@@ -1,0 +1,119 @@
+"""What there is to know of one PEFT method before it is chosen: its equation, its options, what it trains where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.adapter import AdapterSpec
+from ..core.config import MethodConfig
+from ..core.errors import UserError
+from ..methods import Method, create_method
+from .strategy_card import kind_of
+from .traffic import Skeleton
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers that ``method`` trains on a model: of the adapter itself, of the task's head, and frozen ones beside.
+
+    ``shared``: bytes a site sends each round in fp32; ``once``: bytes of what crosses a single time. ``refused``: why
+    the method does not fit the model.
+    """
+
+    method: str
+    adapter: int = 0
+    head: int = 0
+    frozen: int = 0
+    refused: str = ""
+
+    @property
+    def trained(self) -> int:
+        return self.adapter + self.head
+
+    @property
+    def shared(self) -> int:
+        return 4 * self.trained
+
+    @property
+    def once(self) -> int:
+        return 4 * self.frozen
+
+
+def row(method: Method) -> dict[str, Any]:
+    """One method as `fedgraft methods --json` lists it."""
+    keys = ("name", "kind", "summary", "equation", "source", "federates", "privacy", "dp", "merges", "refused")
+    return {key: getattr(method, key) for key in keys}
+
+
+def count(method: Method, on: Skeleton, **settings: Any) -> Count:
+    """What ``method`` trains on a model; ``settings``: of ``[method]``."""
+    try:
+        return count_of(on.attach(MethodConfig(name=method.name, **settings)).spec)
+    except UserError as error:
+        return Count(method.name, refused=str(error))
+
+
+def count_of(spec: AdapterSpec) -> Count:
+    """The numbers of an adapter, by what becomes of them."""
+    sizes = {"adapter": 0, "head": 0, "frozen": 0}
+    for tensor in spec.tensors:
+        kind = "frozen" if tensor.policy == "freeze" else "head" if tensor.role == "head" else "adapter"
+        sizes[kind] += tensor.size
+    return Count(spec.method, **sizes)
+
+
+def counts(
+    methods: Iterable[Method], on: Skeleton, told: Callable[[str], None] = lambda name: None
+) -> dict[str, Count]:
+    """:class:`Count` of each method, by name; ``told`` hears which comes next."""
+    found = {}
+    for method in methods:
+        told(method.name)
+        found[method.name] = count(method, on)
+    return found
+
+
+def card(name: str, on: Skeleton, **settings: Any) -> dict[str, Any]:
+    """Everything `fedgraft methods show` prints. Raises :class:`UserError` for an unknown name."""
+    method = create_method(name)
+    found = row(method) | {"options": options(method), "accepts": accepted(method)}
+    if method.refused:
+        return found
+    counted = count(method, on, **settings)
+    model = {"name": on.name, "parameters": on.base.parameters}
+    if counted.refused:
+        return found | {"model": model, "count": {"refused": counted.refused}}
+    return found | {
+        "model": model,
+        "count": {
+            "adapter": counted.adapter,
+            "head": counted.head,
+            "frozen": counted.frozen,
+            "percent": 100 * counted.trained / on.base.parameters,
+            "bytes_up_round": counted.shared,
+            "bytes_once": counted.once,
+        },
+    }
+
+
+def accepted(method: Method) -> list[str]:
+    """The keys of ``[method]`` that mean anything to it, beside ``name`` and ``options``."""
+    found = ["rank", "alpha"] if method.uses_rank else []
+    if method.kind == "prompt":
+        found.append("virtual_tokens")
+    return [*found, *sorted(method.accepts)]
+
+
+def options(method: Method) -> list[dict[str, Any]]:
+    """What ``[method.options]`` may hold: name, kind, default, and what it is."""
+    return [
+        {
+            "name": name,
+            "kind": kind_of(field.annotation),
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "description": field.description or "",
+        }
+        for name, field in method.Options.model_fields.items()
+    ]
