@@ -49,6 +49,7 @@ class Layer:
     gate: str = ""
     ffn: str = ""
     joins: str = ""
+    norms: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -133,7 +134,12 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
         paths = {
             key: f"{path}.{name}" for key in ("up", "down", "gate", "ffn", "joins") if (name := getattr(layout, key))
         }
-        found.append(Layer(path, stack, int(place[2]), attentions, **paths))
+        norms = tuple(
+            name
+            for name, module in modules.items()
+            if name.startswith(f"{path}.") and type(module).__name__.endswith("Norm")
+        )
+        found.append(Layer(path, stack, int(place[2]), attentions, norms=norms, **paths))
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UserError(f"the layers of a {family} model are not known to this method; choose lora")

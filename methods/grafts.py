@@ -110,6 +110,8 @@ class Part(nn.Module):
 class GraftLayer(nn.Module, BaseTunerLayer):
     """A module of the base with the parts of adapters around it."""
 
+    #: Exact clipping may take each module of a part for itself, since all of them are called and none is read.
+    parts_run = True
     adapter_layer_names = ("graft",)
     other_param_names = ()
 

@@ -57,11 +57,9 @@ def count(method: Method, on: Skeleton, **settings: Any) -> Count:
 
 def count_of(spec: AdapterSpec) -> Count:
     """The numbers of an adapter, by what becomes of them."""
-    sizes = {"adapter": 0, "head": 0, "frozen": 0}
-    for tensor in spec.tensors:
-        kind = "frozen" if tensor.policy == "freeze" else "head" if tensor.role == "head" else "adapter"
-        sizes[kind] += tensor.size
-    return Count(spec.method, **sizes)
+    frozen = sum(tensor.size for tensor in spec.tensors if tensor.policy == "freeze")
+    head = sum(tensor.size for tensor in spec.tensors if tensor.policy != "freeze" and tensor.role == "head")
+    return Count(spec.method, spec.parameters - frozen - head, head, frozen)
 
 
 def counts(

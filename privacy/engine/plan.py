@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ def _unit_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> 
     if isinstance(module, _CONTAINERS):
         for length in range(len(parts) - 1, 0, -1):
             above = ".".join(parts[:length])
-            if isinstance(modules[above], BaseTunerLayer):
+            if isinstance(modules[above], BaseTunerLayer) or _runs_itself(modules, parts[:length]):
                 return above, modules[above], "meeting"
         return None
     return path, module, _kind(module)
@@ -96,13 +96,21 @@ def _unit_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> 
 
 def _is_plain(layer: BaseTunerLayer) -> bool:
     """Whether all that trains in a tuner's layer sits in plain layers that run on the records alone."""
-    if isinstance(layer, LNTuningLayer):
+    if isinstance(layer, LNTuningLayer) or getattr(layer, "parts_run", False):
         return True
     if not isinstance(layer, LoraLayer) or layer.lora_variant:
         return False
     plain = (nn.Linear, nn.Conv2d, nn.Sequential)  # what is in a sequence answers for itself
     parts = [part for table in (layer.lora_A, layer.lora_B) for part in table.values()]
     return type(layer).__module__ == LoraLayer.__module__ and all(isinstance(part, plain) for part in parts)
+
+
+def _runs_itself(modules: Mapping[str, nn.Module], parts: Sequence[str]) -> bool:
+    """Whether a module lies within a tuner's layer whose ``parts_run``: modules that are called, not read."""
+    within = (modules[".".join(parts[:length])] for length in range(1, len(parts)))
+    return not isinstance(modules[".".join(parts)], _CONTAINERS) and any(
+        getattr(module, "parts_run", False) for module in within
+    )
 
 
 def _kind(module: nn.Module) -> str:

@@ -329,6 +329,9 @@ class MethodContract:
     ) -> Iterator[Callable[[AdapterState], list[torch.Tensor]]]:
         """A function that gives what each adapted module computes, under a state, of what it was first given."""
         lab, modules = laboratory(), dict(adapter.model.named_modules())
+        # A layer that is run again would append its keys and values to the cache.
+        base: Any = adapter.model.get_base_model()
+        base.config.use_cache = False
         owners = {path: modules[path] for path in dict.fromkeys(_owner(name, modules) for name in names)}
         given: dict[str, tuple[Any, Any]] = {}
         hooks = [
