@@ -85,6 +85,7 @@ class MethodConfig(Section):
     experts: tuple[str, ...] = Field(
         (), fail_fast=True, description="PEFT folders of the adapters that adapterfusion attends over"
     )
+    mask: str = Field("", description="file that names the weights to train, from `fedgraft methods mask`")
     options: dict[str, Any] = Field(
         default_factory=dict, description="options of the method's own, see `fedgraft methods show NAME`"
     )
@@ -761,7 +762,11 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     except (ValueError, RecursionError):
         parsed = {}
     value = parsed["value"] if len(parsed) == 1 else text.strip()
-    if key in ("model", "data.path", "start_from", "server.validation") and isinstance(value, str) and _exists(value):
+    if (
+        key in ("model", "data.path", "start_from", "server.validation", "method.mask")
+        and isinstance(value, str)
+        and _exists(value)
+    ):
         value = str(Path(_home(value)).resolve())  # what a person types is relative to where they stand
     *parents, leaf = key.split(".")
     if parents[:1] == ["tensor_policy"]:
@@ -831,7 +836,12 @@ def _anchor(config: RunConfig, folder: Path) -> RunConfig:
             "data": data,
             "model": _model_path(config.model, folder),
             "start_from": absolute(config.start_from),
-            "method": config.method.model_copy(update={"experts": tuple(map(absolute, config.method.experts))}),
+            "method": config.method.model_copy(
+                update={
+                    "experts": tuple(map(absolute, config.method.experts)),
+                    "mask": absolute(config.method.mask),
+                }
+            ),
             "server": config.server.model_copy(update={"validation": absolute(config.server.validation)}),
         }
     )

@@ -202,7 +202,7 @@ def attach(base: BaseModel, config: MethodConfig, task: Task, seed: int) -> Atta
     if method.refused:
         raise UserError(f"method {config.name} cannot be trained here: {method.refused}")
     method.options_of(config)
-    for key in ("target_modules", "layers", "dropout", "init", "heads", "experts"):
+    for key in ("target_modules", "layers", "dropout", "init", "heads", "experts", "mask"):
         if getattr(config, key) and key not in method.accepts:
             raise UserError(f"method.{key} means nothing to method {config.name}; leave it out")
     peft_config = method.configure(config, task, base)

@@ -52,6 +52,7 @@ class GraftConfig(PeftConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     virtual_tokens: int = 20
+    mask: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class Setting:
     path: str
     options: Any
     common: dict[str, nn.Module]
+    notes: dict[str, Any]
     model: nn.Module
 
     def shared(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
@@ -78,6 +80,12 @@ class Setting:
         if name not in self.common:
             self.common[name] = make()
         return self.common[name]
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """What every part that asks for ``name`` reads: made by the first, and no tensor of the adapter."""
+        if name not in self.notes:
+            self.notes[name] = make()
+        return self.notes[name]
 
     def drawn(self, *shape: int, key: str = "") -> torch.Tensor:
         """Standard normal numbers that every site draws alike, whatever the run's seed: they never cross the wire."""
@@ -204,7 +212,8 @@ class GraftModel(BaseTuner):
         method = create_method(config.method)
         common = self.__dict__.setdefault("_common", {}).setdefault(adapter_name, {})
         options = method.Options.model_validate(config.options)
-        setting = Setting(config, current_key, options, common, self.model)
+        notes = self.__dict__.setdefault("_notes", {}).setdefault(adapter_name, {})
+        setting = Setting(config, current_key, options, common, notes, self.model)
         base = target.get_base_layer() if isinstance(target, GraftLayer) else target
         part: Any = method.parts[config.places[current_key]](base, setting)
         if not isinstance(target, GraftLayer):
@@ -240,5 +249,6 @@ def graft_config(
         alpha=config.alpha,
         dropout=config.dropout,
         virtual_tokens=config.virtual_tokens,
+        mask=config.mask,
         options=options.model_dump(mode="json"),
     )

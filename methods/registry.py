@@ -42,9 +42,9 @@ class Method:
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
     ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
-    ``layers``, ``dropout``, ``init``, ``heads`` and ``experts`` do; ``Options``: what ``[method.options]`` may hold.
-    ``dp``: where its exact clipping comes from. ``options`` enter the adapter's description: ``scaling = "sqrt"`` where
-    the update is scaled by alpha / sqrt(r), ``common_rank`` where sites cannot differ in rank.
+    ``layers``, ``dropout``, ``init``, ``heads``, ``experts`` and ``mask`` do; ``Options``: what ``[method.options]``
+    may hold. ``dp``: where its exact clipping comes from. ``options`` enter the adapter's description: ``scaling =
+    "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where sites cannot differ in rank.
 
     ``equation``, ``federates`` (what averaging over sites does to it) and ``privacy`` (what differential privacy costs
     it) are said by ``fedgraft methods show``. ``refused``: why nothing can be trained with it; it is then listed alone.

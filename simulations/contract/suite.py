@@ -288,6 +288,10 @@ class MethodContract:
             engine.release(0.0, 1.0, RandomStream.seeded_not_private("contract"))
             lab.close(lab.flat(adapter.trainables()), lab.clipped(rows, clip))
 
+    def settings_for(self, case: tuple[str, str]) -> dict[str, Any]:
+        """The values of ``[method]`` for a model, where they hang on it."""
+        return dict(self.settings)
+
     @classmethod
     def fitting(cls) -> list[tuple[str, str]]:
         """The (family, task) pairs that the method is tried on."""
@@ -296,7 +300,7 @@ class MethodContract:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _attach(self, case: tuple[str, str], seed: int = 1) -> AttachedAdapter:
-        return laboratory().attach(*case, self.method, seed=seed, **dict(self.settings))
+        return laboratory().attach(*case, self.method, seed=seed, **self.settings_for(case))
 
     def _config(self) -> MethodConfig:
         return MethodConfig(name=self.method, **{"rank": 4, "alpha": 8.0, "virtual_tokens": 3, **self.settings})

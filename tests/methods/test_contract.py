@@ -10,7 +10,7 @@ from fedgraft.methods import methods
 from fedgraft.simulations.contract.suite import MethodContract, contract_of
 
 #: Methods that need more than a model to attach to; their own tests hold them to the contract.
-APART = {"adapterfusion", "full"}
+APART = {"adapterfusion", "full", "fish", "child-tuning-d", "sam", "lt-sft"}
 
 globals().update({f"Test[{m.name}]": contract_of(m) for m in methods() if not m.refused and m.name not in APART})
 
