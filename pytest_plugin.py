@@ -1,5 +1,7 @@
 """The pytest plugin: `pytest --fedgraft-strategy NAME` runs the contract of a strategy without a test file.
 
+`--fedgraft-method NAME` runs that of a PEFT method.
+
 It sits in every pytest of an environment that has fedgraft, so it loads nothing before it is asked for something.
 """
 
@@ -23,18 +25,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the contract of this strategy (`all`: of every one) instead of collecting tests; may be repeated",
     )
     group.addoption(
+        "--fedgraft-method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run the contract of this PEFT method (`all`: of every one) instead of collecting tests; may be repeated",
+    )
+    group.addoption(
         "--fedgraft-options", default="{}", metavar="JSON", help="options of the strategy for --fedgraft-strategy"
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> object:
-    """The contracts of the strategies that were named, in place of what would have been collected."""
+    """The contracts of the strategies and methods that were named, in place of what would have been collected."""
     names = session.config.getoption("--fedgraft-strategy")
-    if not names:
+    methods = session.config.getoption("--fedgraft-method")
+    if not names and not methods:
         return None
     module = _Contracts.from_parent(session, path=Path(__file__), nodeid="contract")
-    module.classes = _classes(names, session.config.getoption("--fedgraft-options"))
+    module.classes = _of_methods(methods)
+    if names:
+        module.classes |= _classes(names, session.config.getoption("--fedgraft-options"))
     session.items = list(session.genitems(module))
     hook = session.config.hook
     hook.pytest_collection_modifyitems(session=session, config=session.config, items=session.items)
@@ -75,3 +87,20 @@ def _classes(names: list[str], options: str) -> dict[str, type]:
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
     return found
+
+
+def _of_methods(names: list[str]) -> dict[str, type]:
+    if not names:
+        return {}
+    from .core.errors import UserError
+    from .methods import create_method, methods
+    from .simulations.contract.suite import contract_of
+
+    try:
+        chosen = [m for m in methods() if not m.refused] if "all" in names else [create_method(name) for name in names]
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+    refused = next((method for method in chosen if method.refused), None)
+    if refused is not None:
+        raise pytest.UsageError(f"method {refused.name} cannot be trained: {refused.refused}")
+    return {f"Test[{method.name}]": contract_of(method) for method in chosen}

@@ -88,6 +88,12 @@ class MethodContract:
     lr: ClassVar[float] = 1e-2
     inert: ClassVar[tuple[str, ...]] = ()
 
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """The argument ``case``: every (family, task) that the method fits."""
+        if "case" in metafunc.fixturenames:
+            cases = self.fitting()
+            metafunc.parametrize("case", cases, ids=["-".join(case) for case in cases], indirect=True)
+
     @pytest.fixture
     def case(self, request: pytest.FixtureRequest) -> tuple[str, str]:
         """A (family, task) that the method fits."""
@@ -354,15 +360,6 @@ class MethodContract:
         yield effects
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The argument ``case`` of a contract: every (family, task) that its method fits."""
-    cls = metafunc.cls
-    if cls is None or not issubclass(cls, MethodContract) or "case" not in metafunc.fixturenames:
-        return
-    cases = cls.fitting()
-    metafunc.parametrize("case", cases, ids=["-".join(case) for case in cases], indirect=True)
-
-
 def _note(given: dict[str, tuple[Any, Any]], path: str) -> Callable[..., None]:
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         given.setdefault(path, (args, kwargs))
@@ -412,6 +409,6 @@ def _frozen(adapter: AttachedAdapter) -> dict[str, str]:
     return {name: _hash(tensor) for name, tensor in held if name not in trained}
 
 
-def contract_of(method: Method) -> type[MethodContract]:
-    """The class of tests of ``method``, with what it says itself of how it is tried."""
-    return type(f"Test[{method.name}]", (MethodContract,), {"method": method.name, **method.contract})
+def contract_of(method: Method, *bases: type) -> type[MethodContract]:
+    """The class of tests of ``method``, with what it says itself of how it is tried; ``bases`` go before the suite."""
+    return type(f"Test[{method.name}]", (*bases, MethodContract), {"method": method.name, **method.contract})

@@ -46,11 +46,6 @@ class TestLotteryTicket(Masked):
     method = "lt-sft"
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames and metafunc.cls is not None:
-        metafunc.parametrize("case", metafunc.cls.cases, ids="-".join, indirect=True)
-
-
 def test_the_fisher_information_is_the_mean_of_squared_gradients_and_sam_the_square_of_the_mean() -> None:
     lab = laboratory()
     base, task = lab.base(*BERT), lab.task(BERT[1])

@@ -1,0 +1,192 @@
+"""Write docs/methods.md from the catalogue itself: every method, what it trains, and the counts that papers publish.
+
+python docs/methods.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, RobertaConfig, T5Config
+
+from fedgraft.core.config import MethodConfig
+from fedgraft.methods import Method, methods
+from fedgraft.server.method_card import count, count_of
+from fedgraft.server.traffic import Skeleton, skeleton_of
+
+_PAGE = """# Methods
+
+{count} methods train; `fedgraft methods` lists them, `fedgraft methods show NAME` says all of one, and
+`fedgraft methods --model M` counts what each trains on a model of yours. Every one of them keeps the contract of
+`fedgraft.simulations.contract` on each family that it fits: it trains, nothing else moves, what is sent is all that a
+receiver needs, averaging does what is said here, folders come back (also by PEFT itself), merged it computes the same,
+and its clipped sum is that of single records (`pytest tests/methods/test_contract.py`). To add one, see
+[Writing a method](writing-a-method.md). This page is written by `python docs/methods.py`.
+
+Trains: numbers beside the task's head on RoBERTa-base, with the defaults. A family with * fits in some tasks only.
+
+{catalogue}
+
+{refusals}## Published counts
+
+Millions of trainable numbers in {survey}, and ours on models made of their
+configurations. head: whether the task's head (two classes) is in the count.
+
+{published}
+"""
+FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
+SURVEY = "Xu et al. 2023, arXiv 2312.12148, table III"
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_POSITIONS = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+#: The models of the survey's table.
+MODELS: dict[str, Any] = {
+    "RoBERTa-base": lambda: RobertaConfig(**_POSITIONS),
+    "RoBERTa-large": lambda: RobertaConfig(**_POSITIONS, **_LARGE),
+    "T5-base": lambda: T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
+    "LLaMA-7B": lambda: LlamaConfig(),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper counts, in millions; ``head``: whether the task's head is in it; ``why``: where we differ."""
+
+    method: str
+    model: str
+    millions: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    head: bool = True
+    why: str = ""
+
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_EVERY: dict[str, Any] = {"target_modules": _LINEARS}
+PUBLISHED = (
+    Published("full", "RoBERTa-base", 124.6),
+    Published("full", "RoBERTa-large", 355.3),
+    Published("houlsby", "RoBERTa-base", 7.41, {"options": {"width": 200}}, head=False),
+    Published("houlsby", "RoBERTa-large", 19.77, {"options": {"width": 200}}, head=False),
+    Published("prompt", "RoBERTa-base", 0.61, {"virtual_tokens": 20}),
+    Published("prompt", "RoBERTa-large", 1.07, {"virtual_tokens": 20}),
+    Published("prefix", "RoBERTa-base", 0.96, {"virtual_tokens": 20}),
+    Published("prefix", "RoBERTa-large", 2.03, {"virtual_tokens": 20}),
+    Published("ia3", "RoBERTa-base", 0.66),
+    Published("ia3", "RoBERTa-large", 1.22),
+    Published("bitfit", "RoBERTa-base", 0.69),
+    Published("bitfit", "RoBERTa-large", 1.32),
+    Published("lora", "RoBERTa-base", 0.89, {"rank": 8}),
+    Published("lora", "RoBERTa-large", 1.84, {"rank": 8}),
+    Published("lora", "T5-base", 0.88, {"rank": 8}, head=False),
+    Published(
+        "ia3",
+        "T5-base",
+        0.07,
+        head=False,
+        why="0.074 M are the vectors of the feed-forward blocks alone; ours has those of keys and values too, as the "
+        "paper of (IA)3 does",
+    ),
+    Published("lora", "LLaMA-7B", 159.9, {"rank": 64, **_EVERY}, head=False),
+    Published("ia3", "LLaMA-7B", 1.58, _EVERY, head=False),
+)
+
+
+def counted(entry: Published, models: Mapping[str, Skeleton]) -> float:
+    """Our count of ``entry``, in millions."""
+    settings = {"alpha": 16.0, **entry.settings}
+    found = count_of(models[entry.model].attach(MethodConfig(name=entry.method, **settings)).spec)
+    return (found.trained if entry.head else found.adapter) / 1e6
+
+
+def skeletons() -> dict[str, Skeleton]:
+    """The models of the survey's table, from their configurations, without memory."""
+    return {name: skeleton_of(make(), name) for name, make in MODELS.items()}
+
+
+def _fits(method: Method) -> str:
+    unfit = method.contract.get("unfit", {})
+    marks = []
+    for family in FAMILIES:
+        partly = any(key.startswith(f"{family}/") for key in unfit)
+        marks.append("" if family in unfit else f"{family}*" if partly else family)
+    return " ".join(mark for mark in marks if mark)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _trained(method: Method, on: Skeleton) -> str:
+    if method.refused:
+        return ""
+    found = count(method, on)
+    return "needs a file" if found.refused else f"{found.adapter:,}"
+
+
+def _table(head: str, rows: Iterable[Sequence[object]]) -> str:
+    columns = head.split(" | ")
+    lines = [f"| {head} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def catalogue(known: Sequence[Method], base: Skeleton) -> str:
+    """The methods that train, a row each."""
+    return _table(
+        "method | equation | trains | averaging | fits | merges | source",
+        (
+            (
+                f"`{method.name}`",
+                _cell(method.equation or method.summary),
+                _trained(method, base),
+                _cell(method.federates),
+                _fits(method),
+                "yes" if method.merges else "no",
+                method.source,
+            )
+            for method in known
+            if not method.refused
+        ),
+    )
+
+
+def refusals(known: Sequence[Method]) -> str:
+    """What is refused, at all or with privacy, and why."""
+    rows = [
+        (f"`{method.name}`", _cell(method.refused or f"with privacy: {method.dp.removeprefix('refused: ')}"))
+        for method in known
+        if method.refused or method.dp != "exact"
+    ]
+    return f"Refused, or refused with privacy:\n\n{_table('method | why', rows)}\n\n" if rows else ""
+
+
+def published(models: Mapping[str, Skeleton]) -> str:
+    """What papers count beside what is counted here, and a note where they differ."""
+    rows, notes = [], []
+    for entry in PUBLISHED:
+        ours = counted(entry, models)
+        settings = (f"{key} = {'all linear' if value is _LINEARS else value}" for key, value in entry.settings.items())
+        off = f"{100 * (ours / entry.millions - 1):+.1f} %"
+        if entry.why:
+            notes.append(f"({len(notes) + 1}) {entry.method} on {entry.model}: {entry.why}.")
+            off += f" ({len(notes)})"
+        head = "yes" if entry.head else "no"
+        rows.append((f"`{entry.method}`", entry.model, ", ".join(settings), head, entry.millions, f"{ours:.3f}", off))
+    table = _table("method | model | settings | head | published | ours | off by", rows)
+    return "\n\n".join((table, *notes))
+
+
+def page() -> str:
+    known, models = methods(), skeletons()
+    return _PAGE.format(
+        count=sum(not method.refused for method in known),
+        catalogue=catalogue(known, models["RoBERTa-base"]),
+        refusals=refusals(known),
+        survey=SURVEY,
+        published=published(models),
+    )
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")
