@@ -1,0 +1,213 @@
+"""Every PEFT method on the quickstart's data with MiniLM: accuracy, bytes, time and memory, with and without privacy.
+
+    python benchmarks/methods.py                     all that is missing; goes on where it stopped (hours on 2 cores)
+    python benchmarks/methods.py --only lora,ia3     these alone
+    python benchmarks/methods.py --again lora        these anew
+    python benchmarks/methods.py --table             prints and draws what is there
+
+The quickstart's four hospitals with fewer records and steps, so that a run takes seconds: what is compared is methods,
+not what can be reached. Each method has the same budget of tuning: three learning rates of AdamW, its own defaults
+otherwise; the best is told, chosen by the same held-out phrases for all. With privacy: epsilon 8 for each patient, noise
+from the operating system. Seconds are of a site's step of 100 patients; memory is the most that the process held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "methods.svg"
+MODES = {"none": ["privacy.enabled=false"], "epsilon 8": []}
+RATES = (1e-3, 5e-3, 2e-2)
+SMALL = [
+    *("rounds=3", "train.local_steps=6", "train.batch_size=100", "data.max_per_class=500", "data.test_per_class=40"),
+    *("train.optimizer=adamw", "train.momentum=0", "train.max_grad_norm=1.0", "evaluate.every=0"),
+    *("evaluate.release=exact_not_private", "train.device=cpu", "strategy=fedit"),
+]
+#: Beside a method's defaults: rates for those that move every weight, memory for those with a row for each.
+OWN_RATES = dict.fromkeys(("full", "freeze-layers", "child-tuning-f"), (1e-4, 3e-4, 1e-3))
+OWN: dict[str, list[str]] = {
+    name: ["train.micro_batch=16"] for name in ("full", "child-tuning-f", "diff-pruning", "threshold-mask")
+}
+_PATIENCE = 900
+
+
+def one(name: str, mode: str) -> dict[str, Any]:
+    """All rates of one method in this process."""
+    import torch
+
+    from fedgraft.core.errors import UserError
+    from fedgraft.methods import create_method
+    from fedgraft.simulations.run import simulate
+    from fedgraft.simulations.scenario import load_scenario
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    runs: list[dict[str, Any]] = []
+    for rate in OWN_RATES.get(name, RATES):
+        config = load_scenario(
+            "hospitals-icd10",
+            [*SMALL, *MODES[mode], *OWN.get(name, ()), f"method.name={name}", f"train.lr={rate}"],
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                done = simulate(config, Path(scratch) / "run")
+            except UserError as error:
+                if runs or "diverged" in str(error):
+                    runs.append({"lr": rate, "failed": str(error)})
+                    continue
+                return {"refused": str(error)}
+            lines = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
+        trained = [line["seconds"] for line in lines if line["kind"] == "train"]
+        steps = config.train.local_steps * len(config.site_names)
+        runs.append(
+            {
+                "lr": rate,
+                "accuracy": round(done["accuracy"]["after"], 4),
+                "seconds_a_step": round(sorted(trained)[len(trained) // 2] / steps, 4),
+                "trainable": done["adapter"]["shared"],
+                "parameters": done["model"]["parameters"],
+                "bytes_up_round": done["bytes_up_round"],
+            }
+        )
+    good = [run for run in runs if "accuracy" in run]
+    if not good:
+        return {"refused": runs[0]["failed"]}
+    best = max(good, key=lambda run: run["accuracy"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {**best, "peak_mib": round(peak / 1024), "kind": create_method(name).kind, "runs": runs}
+
+
+def apart(name: str, mode: str) -> dict[str, Any]:
+    """:func:`one` in a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "--one", name, mode]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"not done within {_PATIENCE} s"}
+    if done.returncode:
+        return {"refused": (done.stderr.strip().splitlines() or ["it died"])[-1][:300]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def table(results: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(
+        "method", "trains", "kB up", *(f"{m}: {x}" for m in MODES for x in ("acc", "s/step", "MiB")), box=SIMPLE_HEAD
+    )
+    order = sorted(results, key=lambda name: -max((r.get("accuracy", 0) for r in results[name].values()), default=0))
+    for name in order:
+        modes = results[name]
+        known = next((entry for entry in modes.values() if "accuracy" in entry), None)
+        cells = [name]
+        if known is None:
+            reason = next((entry["refused"] for entry in modes.values()), "")
+            shown.add_row(name, "", "", reason[:40])
+            continue
+        cells += [f"{100 * known['trainable'] / known['parameters']:.2f} %", f"{known['bytes_up_round'] / 1000:.0f}"]
+        for mode in MODES:
+            entry = modes.get(mode, {})
+            good = "accuracy" in entry
+            cells += (
+                [f"{100 * entry['accuracy']:.1f}", f"{entry['seconds_a_step']:.2f}", str(entry["peak_mib"])]
+                if good
+                else ["", "", ""]
+            )
+        shown.add_row(*cells)
+    Console(width=110).print(shown)
+
+
+def draw(results: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True)
+    for axis, mode in zip(axes, MODES, strict=True):
+        for name, modes in results.items():
+            entry = modes.get(mode, {})
+            if "accuracy" not in entry:
+                continue
+            colours = (
+                "adapter",
+                "prompt",
+                "other additive",
+                "partial",
+                "low-rank",
+                "other reparameterised",
+                "hybrid",
+                "whole",
+            )
+            colour = f"C{colours.index(entry['kind'])}"
+            axis.scatter(entry["bytes_up_round"] / 1000, 100 * entry["accuracy"], color=colour, s=18)
+            axis.annotate(
+                name,
+                (entry["bytes_up_round"] / 1000, 100 * entry["accuracy"]),
+                fontsize=6,
+                xytext=(3, 2),
+                textcoords="offset points",
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("kB that a site sends a round")
+        axis.set_title("without privacy" if mode == "none" else "epsilon 8 for each patient", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy at the hospitals, %")
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="methods, separated by commas")
+    parser.add_argument("--again", default="", help="methods to run anew, separated by commas")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--until", default="", help="begin no run after this time of day, such as 17:05")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(*given.one)))
+        return
+    from fedgraft.methods import methods
+
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"table": {}}
+    results: dict[str, Any] = kept["table"]
+    for name in filter(None, given.again.split(",")):
+        results.pop(name, None)
+    wanted = [name for name in given.only.split(",") if name] or [m.name for m in methods() if not m.refused]
+    for name in [] if given.table else wanted:
+        for mode in MODES:
+            if mode in results.get(name, {}):
+                continue
+            if given.until and time.strftime("%H:%M") >= given.until:
+                break
+            began = time.monotonic()
+            entry = apart(name, mode)
+            results.setdefault(name, {})[mode] = entry
+            told = entry.get("accuracy", entry.get("refused"))
+            print(f"{name:24}{mode:12}{told}   {time.monotonic() - began:.0f} s", flush=True)
+            kept |= {
+                "what": __doc__.splitlines()[0],
+                "settings": SMALL,
+                "rates": RATES,
+                "threads": os.environ.get("OMP_NUM_THREADS", "2"),
+            }
+            RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    table(results)
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
