@@ -293,7 +293,7 @@ def test_only_a_result_that_is_late_is_awaited_not_one_that_was_refused_or_lost(
                 "fedsvd",
                 "deer",
                 "fedask",
-                "multi-krum",
+                "geometric-median",
                 "norm-bound",
             )
         ),
