@@ -89,7 +89,11 @@ def tell(watch: Watch, line: dict[str, Any]) -> None:
     """Show ``watch`` a line of metrics.jsonl, and each site that is missing in it, or late."""
     watch.phase_finished(line)
     for late in line.get("late", ())[:_NAMED]:
-        fate = f"is not used: {late['why']}" if late["why"] else f"counts now, {late['age']} rounds late"
+        fate = (
+            f"is not used: {late['why']}"
+            if late["why"]
+            else f"counts now, {late['age']} round{'s' * (late['age'] > 1)} late"
+        )
         watch.note(f"round {line['round']}: the result of {late['site']} of round {late['round']} {fate}")
     missing, faults = line["missing"], list(line.get("faults", {}).values())
     if len(missing) > _NAMED:

@@ -68,7 +68,7 @@ class Awaited:
 
     def outdated(self, round: int) -> list[Late]:
         """Give up what would be too old in ``round``."""
-        why = f"did not come within {self._most} rounds (server.max_staleness)"
+        why = f"it has not come in time (server.max_staleness = {self._most})"
         old = sorted(key for key in self._given if round - key[0] > self._most)
         return [Late(self._given.pop(key)[0], key[0], round - key[0], why) for key in old]
 

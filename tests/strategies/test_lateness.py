@@ -169,7 +169,7 @@ def test_one_that_is_older_than_allowed_is_named_when_it_can_count_no_more_and_t
         fresh = [("east", number), ("north", number), ("west", number)]
         line = play.round(number, *fresh, *([("south", 1)] if number == 3 else ()))
         play.require(play.twin(number, fresh, 0.5))
-    why = "did not come within 1 rounds (server.max_staleness)"
+    why = "it has not come in time (server.max_staleness = 1)"
     assert line["late"] == [{"site": "south", "round": 1, "age": 2, "why": why}]
 
 
