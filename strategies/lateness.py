@@ -15,8 +15,8 @@ from .changes import change, moved
 def staleness_weight(age: float, exponent: float) -> float:
     """(1 + age)^-exponent: what work that is ``age`` rounds old counts, beside 1 for fresh work.
 
-    The polynomial of Xie et al. 2019, "Asynchronous Federated Optimization", arXiv 1903.03934, section 5.2; Nguyen et
-    al. 2022, arXiv 2106.06639, take exponent 1/2.
+    The polynomial of Xie et al. 2019, "Asynchronous Federated Optimization", arXiv 1903.03934; FedBuff (Nguyen et al.
+    2022, arXiv 2106.06639) takes exponent 1/2.
     """
     return (1.0 + age) ** -exponent
 
