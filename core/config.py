@@ -201,6 +201,15 @@ class ServerConfig(Section):
         0, ge=0, description="sites that train in a round, drawn anew each round from `seed`; 0: all"
     )
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's answers")
+    late: Literal["drop", "staleness"] = Field(
+        "drop", description="a result that comes after its round: dropped, or counted in a later one, less by its age"
+    )
+    staleness_exponent: float = Field(
+        0.5, ge=0, le=10, description="a of server.late staleness: a result t rounds late weighs (1 + t)^-a as much"
+    )
+    max_staleness: int = Field(
+        2, ge=1, description="most rounds that a result may be late under server.late staleness; then it is dropped"
+    )
     join_timeout: float = Field(120.0, gt=0, description="seconds to wait for the sites to appear")
     wire_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="dtype of the tensors on the wire")
     upload: Literal["plain", "int8", "topk"] = Field(
@@ -217,6 +226,11 @@ class ServerConfig(Section):
     tau: float = Field(1e-3, gt=0, description="of server.optimizer: what keeps the adaptive ones from dividing by 0")
     validation: str = Field("", description="CSV, JSONL or Parquet file of the server's own, to score adapters on")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the last rounds' checkpoints stay")
+
+    @property
+    def most_late(self) -> int:
+        """Rounds that a result may be late and still count; 0: it may not."""
+        return self.max_staleness if self.late == "staleness" else 0
 
 
 class EvaluateConfig(Section):
@@ -553,6 +567,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"{fault} lets sites miss rounds, and server.quorum 0 demands all of them; set server.quorum to the "
                 "answers that make a round count, such as 1"
+            )
+        if self.server.late == "staleness" and self.server.quorum in (0, len(self.data.sites)):
+            raise ValueError(
+                'server.late "staleness" is for rounds that go on without a site, and server.quorum demands all of '
+                "them; set server.quorum to fewer"
             )
         if any(site.attack == "nan" for site in self.data.sites) and (
             self.server.upload == "int8" or self.server.entropy_coding

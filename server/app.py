@@ -44,7 +44,7 @@ def run_on(
         watched(rundir.path, watch) as watch,
     ):
         run = Federation(
-            prompt(grid),
+            prompt(grid, config.server.most_late),
             config,
             rundir,
             engine=engine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +32,7 @@ from ..strategies import Aggregator, Training
 from ..strategies.central import CentralPrivacy
 from ..strategies.compose import compose
 from ..strategies.flower import PeftStrategy
+from ..strategies.lateness import require_same_tensors
 from ..strategies.secure_sum import SecureSumStrategy, told
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -84,8 +86,15 @@ def _central(aggregator: Aggregator, config: RunConfig, ledger: Ledger) -> Centr
 
 
 def tell(watch: Watch, line: dict[str, Any]) -> None:
-    """Show ``watch`` a line of metrics.jsonl, and each site that is missing in it."""
+    """Show ``watch`` a line of metrics.jsonl, and each site that is missing in it, or late."""
     watch.phase_finished(line)
+    for late in line.get("late", ())[:_NAMED]:
+        fate = (
+            f"is not used: {late['why']}"
+            if late["why"]
+            else f"counts now, {late['age']} round{'s' * (late['age'] > 1)} late"
+        )
+        watch.note(f"round {line['round']}: the result of {late['site']} of round {late['round']} {fate}")
     missing, faults = line["missing"], list(line.get("faults", {}).values())
     if len(missing) > _NAMED:
         kinds = counted({fault: faults.count(fault) for fault in FAULTS})
@@ -144,6 +153,7 @@ class Federation:
             self._rule.score = make_score(config, self.base, self.adapter, task)
         self.run = self._resumed() if resume else self._fresh()
         state = self.checkpoint.state
+        require_same_tensors(self._rule, state, config)
         kind = SecureSumStrategy if config.secure_sum.enabled else PeftStrategy
         self.strategy = kind(self._rule, state, config, run=self.run["run"], fingerprint=self.base.fingerprint)
         if self._rule.score is None:
@@ -512,6 +522,7 @@ class Federation:
             "loss": _ends(evaluations, "loss"),
             "sites": sites,
             "missed": {fault: sum(site["missed"][fault] for site in sites.values()) for fault in FAULTS},
+            "late": sum((Counter(site["late"]) for site in sites.values()), Counter()),
             "central": self._central(),
             "secure_sum": told(self.config, [line for line in lines if "secure_sum" in line]),
             "bytes_up": up,
@@ -555,10 +566,13 @@ class Federation:
         if len(missed) > _NAMED:
             kinds = counted({fault: sum(sites[name]["missed"][fault] for name in missed) for fault in FAULTS})
             return [f"{len(missed)} of {len(sites)} sites missed rounds ({kinds}); run.json counts them by site"]
-        return [
-            f"{name} answered in {sites[name]['rounds']} of {asked[name]} rounds ({counted(sites[name]['missed'])})"
-            for name in missed
-        ]
+        found = []
+        for name in missed:
+            said = counted(sites[name]["missed"])
+            if used := sum(sites[name]["late"].values()):
+                said += f"; {used} counted in a later round"
+            found.append(f"{name} answered in {sites[name]['rounds']} of {asked[name]} rounds ({said})")
+        return found
 
     def _beforehand(self) -> list[str]:
         """What is known to be doubtful before the first round."""

@@ -9,12 +9,15 @@ from typing import Any
 from ..core.wire import FAULTS
 
 #: What a line says of single sites, which only their own sums keep.
-_BY_SITE = ("sites", "missing", "faults", "resting")
+_BY_SITE = ("sites", "missing", "faults", "resting", "late")
 
 
 @dataclass(slots=True)
 class _Site:
-    """A site's part in the run: rounds answered and rested, what it missed, what it scored and promised."""
+    """A site's part in the run: rounds answered and rested, what it missed, what it scored and promised.
+
+    ``late``: its results that counted in a later round, by how many rounds later.
+    """
 
     answered: int = 0
     rested: int = 0
@@ -24,6 +27,7 @@ class _Site:
     after: float | None = None
     privacy: Mapping[str, Any] | None = None
     missed: dict[str, int] | None = None
+    late: dict[int, int] | None = None
     silent: bool = False
 
 
@@ -61,10 +65,21 @@ class Tally:
         self.updates += len(line["sites"])
         for name in line.get("resting", ()):
             self._of(name).rested += 1
+        for late in line.get("late", ()):
+            self._taken_late(late)
         for name, fault in line.get("faults", {}).items():
             site = self._of(name)
             site.missed = {**(site.missed or {}), fault: (site.missed or {}).get(fault, 0) + 1}
             site.silent = site.silent or fault != "absent"
+
+    def _taken_late(self, entry: Mapping[str, Any]) -> None:
+        if entry["why"]:
+            return
+        site, age = self._of(entry["site"]), int(entry["age"])
+        self.updates += 1
+        site.late = {**(site.late or {}), age: (site.late or {}).get(age, 0) + 1}
+        if "privacy" in entry:
+            self.promised(entry["site"], entry["privacy"])
 
     def promised(self, name: str, statement: Mapping[str, Any]) -> None:
         """Take in a privacy statement: the one that counts the most steps stands, of equals the last."""
@@ -97,6 +112,7 @@ class Tally:
             **{key: privacy.get(key) for key in ("epsilon", "delta", "unit")},
             "rounds": site.answered,
             "missed": {fault: missed.get(fault, 0) for fault in FAULTS},
+            "late": {str(age): count for age, count in sorted((site.late or {}).items())},
             "privacy": site.privacy,
         }
 

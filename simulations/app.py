@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.progress import SILENT, Watch
 from ..server.app import run_on
 from .choice import on_flower
+from .delays import delayed
 from .display import Lines, closing_lines, final_table
 from .fate import require_enough
 from .onlooker import Simulator
@@ -66,7 +67,7 @@ def _run(grid: Grid, context: Context, console: Console) -> None:
     require_enough(config)
     watch, folder = Lines(console, config), run_folder(context)
     run = run_on(
-        grid,
+        delayed(grid, config),
         config,
         folder,
         engine="flower",

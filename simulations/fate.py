@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -56,11 +57,22 @@ class Fates:
 
     def late(self, site: str, down: int, up: int = 0) -> Fate | None:
         """Whether a training with messages of so many bytes ends after the deadline."""
-        clock = self.clock
-        needed = clock.down(site, down) + clock.compute(site, "train") + clock.up(site, up)
-        if needed.total <= clock.deadline:
+        if self._needed(site, down, up) <= self.clock.deadline:
             return None
-        return Fate("late", f"no answer in {clock.deadline:g} virtual seconds")
+        return Fate("late", f"no answer in {self.clock.deadline:g} virtual seconds")
+
+    def rounds_late(self, site: str, down: int, up: int) -> int:
+        """In how many rounds from now the result of a training that is late arrives.
+
+        A round in which somebody is late takes the deadline; what else a round takes is not counted.
+        """
+        if not self.clock.runs:
+            return 1
+        return max(1, math.ceil(self._needed(site, down, up) / self.clock.deadline) - 1)
+
+    def _needed(self, site: str, down: int, up: int) -> float:
+        clock = self.clock
+        return (clock.down(site, down) + clock.compute(site, "train") + clock.up(site, up)).total
 
 
 def require_enough(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from ..server.rounds import check
 from ..server.rundir import RunDirectory, read_metrics, read_run
 from .backdoor import target
 from .choice import Choice, choose, loads, threads
+from .delays import delayed
 from .engines.flower import LOG, run_flower
 from .engines.inprocess import InProcessGrid
 from .engines.pool import Pool
@@ -109,7 +110,9 @@ def _run(
     ):
         baseline = config.simulation.baseline
         engine = f"baseline:{baseline}" if baseline else choice.engine
-        return run_on(grid, config, output, engine=engine, resume=resume, watch=watch, onlooker=onlooker)
+        return run_on(
+            delayed(grid, config), config, output, engine=engine, resume=resume, watch=watch, onlooker=onlooker
+        )
 
 
 class _Remembering(Passing):

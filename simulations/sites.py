@@ -104,6 +104,8 @@ class SimulatedSites:
         call.fate = fates.of(kind, call.site, job.round)
         if call.fate is None and kind == "train" and fates.clock.runs:
             call.fate = fates.late(call.site, content_bytes(message.content))
+        if call.fate is not None and call.fate.fault == "late" and fates.config.server.most_late:
+            call.fate = None  # it is waited for: see Delays, which holds its answer back
         return call
 
     def _arrived(self, kind: Kind, call: _Call, answer: Message) -> Message:
@@ -111,7 +113,8 @@ class SimulatedSites:
         if call.fates is None:
             return answer
         fate, refusal = call.fate, str(answer.content["site"]["error"])
-        if fate is None and kind == "train" and call.fates.clock.runs:
+        awaited = call.fates.config.server.most_late
+        if fate is None and kind == "train" and call.fates.clock.runs and not awaited:
             fate = call.fates.late(call.site, content_bytes(call.message.content), content_bytes(answer.content))
         if fate is not None and refusal in ("", fate.why):
             if fate.fault == "crashed":

@@ -15,6 +15,7 @@ from ..core.update import Update
 from .aggregator import Aggregator, Capabilities, Options, strategy
 from .averaging import RunningMean
 from .changes import change, moved
+from .lateness import staleness_weight
 
 _VERSION, _CLOCK = "version-", "clock"
 _CLOCK_METHOD = "fedbuff"
@@ -121,7 +122,7 @@ class FedBuff(Aggregator):
 
     def add(self, update: Update) -> None:
         late = self._staleness(update.site)
-        self._mean.add(change(update.state, self._base(update.site), 1 / np.sqrt(1.0 + late)), update.weight)
+        self._mean.add(change(update.state, self._base(update.site), staleness_weight(late, 0.5)), update.weight)
 
     def result(self) -> AdapterState:
         given = moved(self._state, self._mean.result())

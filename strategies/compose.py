@@ -6,6 +6,7 @@ from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..privacy.securesum import Terms
 from .aggregator import Aggregator, Capabilities, create_aggregator
+from .lateness import late_refusal
 from .optimisers import ServerOptimiser, why_not
 from .policies import TensorPolicies
 
@@ -51,6 +52,8 @@ def refusal(config: RunConfig, can: Capabilities) -> str | None:
             f'{reason}; set server.optimizer = "avg" and server.lr = 1'
         )
     if config.secure_sum.enabled and (reason := _secure_sum_reason(config, can)):
+        return reason
+    if reason := late_refusal(config, can):
         return reason
     if can.two_passes and config.central.enabled:
         return f"strategy `{name}` asks each site twice a round, and central privacy answers for one release only"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -30,6 +30,7 @@ from ..core.wire import (
     record_of,
 )
 from .aggregator import Aggregator
+from .lateness import Awaited, Late, rebased, staleness_weight
 
 #: The tolerance of the plan's own promise, so that an epsilon reached exactly is not refused.
 _ROUNDING = 1e-9
@@ -53,7 +54,7 @@ class Phase:
     """One training or evaluation: who answered what, who did not and why, who was not asked, and the bytes it took.
 
     ``faults``: what became of those who are ``missing``; ``refined``: who gave the second answer of a training in two
-    passes.
+    passes; ``late``: what came of earlier trainings in this one.
     """
 
     kind: Kind
@@ -65,10 +66,12 @@ class Phase:
     resting: tuple[str, ...] = ()
     refined: set[str] = field(default_factory=set)
     exchanges: list[Exchange] = field(default_factory=list)
+    late: list[Late] = field(default_factory=list)
 
     @property
     def bytes_up(self) -> int:
-        return sum(sum(exchange.up.values()) for exchange in self.exchanges)
+        fresh = sum(sum(exchange.up.values()) for exchange in self.exchanges)
+        return fresh + sum(late.size for late in self.late)
 
     @property
     def bytes_down(self) -> int:
@@ -81,6 +84,10 @@ class PeftStrategy(Strategy):
     ``sites`` maps Flower's node ids to site names. The global adapter is :attr:`state`; the ``arrays`` that Flower's
     ``Strategy`` passes around are its packed form. Messages go out, and updates are summed, in the order of the sites'
     names. A site that already holds the global adapter, from the evaluation before, is not sent it again.
+
+    Under ``server.late = "staleness"`` a result theta_k of round r that comes in round t > r counts once in that: as
+    theta_t + (theta_k - theta_r), with its weight times (1 + t - r)^-a. It makes no quorum; a site whose fresh result
+    comes in the same round counts with both, since each was trained, and paid for, by itself.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class PeftStrategy(Strategy):
         self._second: AdapterState | None = None
         self._waiting: set[str] = set()
         self._answered = 0
+        self._awaited = Awaited(config.server.most_late)
 
     # Flower's Strategy
 
@@ -149,7 +157,7 @@ class PeftStrategy(Strategy):
 
     def collect(self, replies: Iterable[Message]) -> None:
         """Take in answers one by one; a lazily produced ``replies`` never holds two updates at a time."""
-        ordered = sorted(replies, key=self._site_of) if isinstance(replies, list) else replies
+        ordered = sorted(replies, key=self._order) if isinstance(replies, list) else replies
         for reply in ordered:
             self._take(reply)
 
@@ -187,6 +195,9 @@ class PeftStrategy(Strategy):
         if result.spec.bare != self.state.spec.bare:
             raise UserError(f"strategy `{self.config.strategy}` made another adapter of the one it was given")
         self.state = result.require_finite()
+        for node, site in self.sites.items():
+            if self.phase.faults.get(site) == "late" and site in self._sent:
+                self._awaited.add(self.phase.round, node, site, self._sent[site])
         self._encoded.clear()
         self._sent.clear()
         self._second = None
@@ -216,8 +227,10 @@ class PeftStrategy(Strategy):
 
     # Inside
 
-    def _site_of(self, message: Message) -> str:
-        return self.sites.get(message.metadata.src_node_id, "")
+    def _order(self, message: Message) -> tuple[str, int, str]:
+        """By the site's name, and of a site the earlier round first."""
+        about = message.metadata
+        return self.sites.get(about.src_node_id, ""), len(about.group_id), about.group_id
 
     def _drawn(self, sites: Sequence[str]) -> Sequence[str]:
         """``server.sites_per_round`` of ``sites``, by the seed and the round alone; all of them where it is 0."""
@@ -231,6 +244,8 @@ class PeftStrategy(Strategy):
         training = set(asked)
         resting = tuple(site for site in self.config.site_names if site not in training)
         self.phase = Phase(kind, server_round, resting=resting)
+        if kind == "train":
+            self.phase.late = self._awaited.outdated(server_round)
         self._answered = 0
         self._waiting = set()
         self._sent.clear()
@@ -249,8 +264,15 @@ class PeftStrategy(Strategy):
                 dst_node_id=node_of[site],
                 message_type="query.refine" if exchange.kind == "refine" else exchange.kind,
                 group_id=str(self.phase.round),
-                ttl=self.config.server.round_timeout,
+                ttl=self._patience,
             )
+
+    @property
+    def _patience(self) -> float:
+        """Seconds after which Flower forgets an instruction, and takes no answer to it."""
+        server = self.config.server
+        # Each of the later rounds in which a result may count trains and evaluates.
+        return server.round_timeout * (1 + 2 * server.most_late * (self.phase.kind == "train"))
 
     def _content(self, site: str) -> RecordDict:
         state = self.aggregator.for_site(self.state if self._second is None else self._second, site)
@@ -281,6 +303,8 @@ class PeftStrategy(Strategy):
                 fault = fault_of(reply.error)
                 why = reply.error.reason or "no reason given"
                 self._excuse(site, f"its process failed: {why}" if fault == "crashed" else why, fault)
+            return
+        if self.config.server.most_late and self.phase.kind == "train" and self._take_late(reply):
             return
         if site in (self.phase.metrics if self._second is None else self.phase.refined):
             # What a site says a second time must not count twice, nor undo what it said first.
@@ -319,8 +343,16 @@ class PeftStrategy(Strategy):
         self.phase.faults.pop(site, None)
 
     def _accept_update(self, answer: Answer, reply: Message, site: str) -> None:
-        state = self._decode(reply, site)
-        if state.spec != self._sent[site].spec:
+        self._add(self._update(answer, reply, site, self._sent[site]))
+
+    def _add(self, update: Update) -> None:
+        with section("aggregate"):
+            self.aggregator.add(update)
+
+    def _update(self, answer: Answer, reply: Message, site: str, sent: AdapterState) -> Update:
+        """What ``site`` made of ``sent``. Raises :class:`UserError` for what it must not be."""
+        state = self._decode(reply, site, sent)
+        if state.spec != sent.spec:
             raise UserError(f"{site}: says otherwise than the server which tensors are shared, frozen or its own")
         records = answer.metrics.get("records", 0)
         if not 1 <= records <= _MOST_RECORDS:
@@ -328,11 +360,42 @@ class PeftStrategy(Strategy):
         privacy = answer.privacy or PrivacyStatement(enabled=False)
         if self.config.privacy.enabled:
             self._require_promise(site, privacy, answer.metrics)
-        with section("aggregate"):
-            self.aggregator.add(Update(site, state, records, answer.metrics, privacy))
+        return Update(site, state, records, answer.metrics, privacy)
 
-    def _decode(self, reply: Message, site: str) -> AdapterState:
-        sent = self._sent[site]
+    def _take_late(self, reply: Message) -> bool:
+        """Take in ``reply`` where it is to an instruction of an earlier round; False: it is not."""
+        try:
+            answer = decode_answer(reply.content, "train", "a site")
+        except UserError:
+            return False
+        if answer.round >= self.phase.round:
+            return False
+        awaited = self._awaited.take(answer.round, reply.metadata.src_node_id)
+        # One that is not awaited has counted before, or was told of as too old.
+        if awaited is not None:
+            site, given = awaited
+            late = Late(site, answer.round, self.phase.round - answer.round, size=content_bytes(reply.content))
+            try:
+                self._accept_late(answer, reply, late, given)
+                late = replace(late, privacy=answer.privacy)
+            except UserError as error:
+                late = replace(late, why=one_line(error))
+            self.phase.late.append(late)
+        return True
+
+    def _accept_late(self, answer: Answer, reply: Message, late: Late, given: AdapterState) -> None:
+        if answer.site != late.site:
+            raise UserError(f"{answer.site}: answered from a node that is registered as {late.site}")
+        if answer.error:
+            raise UserError(answer.error)
+        update = self._update(answer, reply, late.site, given)
+        now = self.aggregator.for_site(self.state, late.site)
+        if now.spec != given.spec:
+            raise UserError(f"{late.site}: other tensors are shared, frozen or its own in this round")
+        weight = update.weight * staleness_weight(late.age, self.config.server.staleness_exponent)
+        self._add(replace(update, state=rebased(update.state, given, now), weight=weight))
+
+    def _decode(self, reply: Message, site: str, sent: AdapterState) -> AdapterState:
         with section("wire"):
             return decode_adapter(reply.content, sent.spec, sender=site, names=sent.spec.select("share"), base=sent)
 
@@ -343,7 +406,8 @@ class PeftStrategy(Strategy):
         if self.config.privacy.enabled:
             self._require_promise(site, privacy, answer.metrics)
         first = self.phase.metrics[site]
-        self.aggregator.add_refined(Update(site, self._decode(reply, site), first["records"], first, privacy))
+        state = self._decode(reply, site, self._sent[site])
+        self.aggregator.add_refined(Update(site, state, first["records"], first, privacy))
         self.phase.refined.add(site)
 
     def _require_promise(self, site: str, promise: PrivacyStatement, metrics: Mapping[str, float]) -> None:
@@ -399,6 +463,8 @@ class PeftStrategy(Strategy):
         }
         if phase.resting:
             line["resting"] = list(phase.resting)
+        if phase.late:
+            line["late"] = [late.record() for late in phase.late]
         if phase.kind == "evaluate":
             totals = self.totals()
             line["examples"] = totals.get("examples", 0)

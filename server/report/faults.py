@@ -26,6 +26,8 @@ def counts(record: Record) -> str:
     lead = ", ".join(f"{count:,} {fault} ({_WORDS[fault]})" for fault, count in total.items() if count)
     missed = {name: site["missed"] for name, site in record.sites.items() if any((site.get("missed") or {}).values())}
     said = f"<p>Trainings missed, by {el.plural(len(missed), 'site')}: {lead}.</p>"
+    if used := sum((record.run.get("late") or {}).values()):
+        said += f"<p>{el.plural(used, 'late result')} counted in a later round.</p>"
     if len(missed) > _LISTED:
         return said
     rows = [(el.text(name), *(str(site[fault] or "") for fault in _WORDS)) for name, site in missed.items()]

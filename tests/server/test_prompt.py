@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -21,25 +22,31 @@ class Answering(HttpGrid):
     """Flower's grid without its SuperLink: each message is answered some seconds after it was sent."""
 
     def __init__(self, delays: dict[int, float]) -> None:
-        self.delays, self.due, self.looks = delays, {}, 0
+        self.delays, self.looks = delays, 0
+        self.due: dict[str, tuple[float, Message]] = {}
         self.lost: dict[int, int] = {}
+        self.pulled: list[set[str]] = []
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         now = time.monotonic()
         assert all(message.metadata.message_type for message in messages), "Flower checks all before it sends them"
-        for number, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = str(number)
+        pushed = []
+        for message in messages:
+            identity = str(len(self.due))
+            pushed.append(identity)
+            message.metadata.__dict__["_message_id"] = identity
             delay = self.delays[message.metadata.dst_node_id]
             reply = Message(RecordDict(), reply_to=message)
             if message.metadata.dst_node_id in self.lost:
                 code = self.lost[message.metadata.dst_node_id]
                 reply = Message(Error(code, "Error: Flower's own words"), reply_to=message)
                 reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
-            self.due[str(number)] = (now + delay, reply)
-        return list(self.due)
+            self.due[identity] = (now + delay, reply)
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self.looks += 1
+        self.pulled.append(set(message_ids))
         now = time.monotonic()
         return [self.due[key][1] for key in message_ids if self.due[key][0] <= now]
 
@@ -102,3 +109,51 @@ def test_a_site_that_is_lost_or_late_is_named_which_flower_does_not(code: int, s
     assert fine.metadata.src_node_id == 7 and not fine.has_error()
     assert lost.metadata.src_node_id == 8
     assert (lost.error.code, lost.error.reason, fault_of(lost.error)) == (code, said, fault)
+
+
+def trained(grid: Any, delays: dict[int, float], number: int, kind: str = "train") -> list[tuple[int, str]]:
+    """A round that waits for 0.3 s: the node and the round of each answer."""
+    grid._grid.delays = delays
+    messages = [Message(RecordDict(), dst_node_id=node, message_type=kind, group_id=str(number)) for node in delays]
+    replies = grid.send_and_receive(messages, timeout=0.3)
+    assert not any(reply.has_error() for reply in replies)
+    return sorted((reply.metadata.src_node_id, reply.metadata.group_id) for reply in replies)
+
+
+def test_a_training_also_takes_what_comes_of_the_trainings_before_it_once_and_waits_for_none() -> None:
+    plain = Answering({})
+    grid = prompt(plain, 2)
+    hold = threading.Event()
+    real = plain.pull_messages
+    plain.pull_messages = lambda ids: [r for r in real(ids) if hold.is_set() or r.metadata.group_id != "1"]  # type: ignore[method-assign]
+    assert trained(grid, {1: 0.0, 2: 0.0}, 1) == []
+    began = time.monotonic()
+    assert trained(grid, {1: 0.0}, 2) == [(1, "2")]
+    assert time.monotonic() - began < 0.3, "those that are late are not waited for"
+    hold.set()
+    assert trained(grid, {1: 0.0}, 2, "evaluate") == [(1, "2")], "an evaluation is no place for them"
+    assert trained(grid, {1: 0.0}, 3) == [(1, "1"), (1, "3"), (2, "1")]
+    assert trained(grid, {1: 0.0}, 4) == [(1, "4")]
+
+
+def test_what_is_too_old_is_asked_for_no_more_nor_anything_late_where_none_is_wanted() -> None:
+    for most_late, asked in ((0, [{"0"}, {"1"}, {"2"}]), (1, [{"0"}, {"0", "1"}, {"1", "2"}]), (2, [{"0", "1", "2"}])):
+        plain = Answering({})
+        grid = prompt(plain, most_late)
+        last = []
+        for number in (1, 2, 3):
+            assert trained(grid, {1: 60.0}, number) == []
+            last.append(plain.pulled[-1])
+        assert last[-len(asked) :] == asked
+
+
+def test_flower_s_word_that_a_late_answer_will_never_come_is_taken_for_no_answer_of_this_round() -> None:
+    plain = Answering({})
+    grid = prompt(plain, 2)
+    assert trained(grid, {8: 60.0}, 1) == []
+    lost = Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=plain.due["0"][1])
+    lost.metadata.__dict__.update(_src_node_id=SUPERLINK_NODE_ID, _reply_to_message_id="0")
+    plain.due["0"] = (0.0, lost)
+    assert trained(grid, {8: 0.0}, 2) == [(8, "2")]
+    trained(grid, {8: 0.0}, 3)
+    assert plain.pulled[-1] == {"2"}, "it is not asked for again"

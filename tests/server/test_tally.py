@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def made_up(seed: int, private: bool) -> list[dict[str, Any]]:
     for number in range(8):
         for kind in ("train", "evaluate") if number else ("evaluate",):
             line: dict[str, Any] = {"kind": kind, "round": number, "seconds": 1.0, "bytes_up": int(rng.integers(9))}
-            line |= {"bytes_down": 1, "missing": {}, "faults": {}, "sites": {}, "resting": []}
+            line |= {"bytes_down": 1, "missing": {}, "faults": {}, "sites": {}, "resting": [], "late": []}
             for name in SITES:
                 fate = rng.random()
                 if fate < 0.15:
@@ -37,6 +38,13 @@ def made_up(seed: int, private: bool) -> list[dict[str, Any]]:
                         steps[name] += int(rng.integers(0, 4))
                         told["privacy"] = {"steps": steps[name], "epsilon": steps[name] / 7, "delta": 1e-5, "unit": "x"}
                     line["sites"][name] = told
+                if kind == "train" and rng.random() < 0.2:
+                    late: dict[str, Any] = {"site": name, "round": number - 1, "age": int(rng.integers(1, 4))}
+                    late["why"] = str(rng.choice(["", "too old"]))
+                    if private and not late["why"]:
+                        steps[name] += 1
+                        late["privacy"] = {"steps": steps[name], "epsilon": steps[name] / 7, "delta": 1e-5, "unit": "x"}
+                    line["late"].append(late)
             lines.append(line)
     return lines
 
@@ -46,7 +54,11 @@ def naive(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     scored = [line["sites"][name] for line in lines if line["kind"] == "evaluate" and name in line["sites"]]
     missed = [line["faults"].get(name) for line in lines if line["kind"] == "train"]
     accuracies = [told["correct"] / told["examples"] if told.get("examples") else None for told in scored]
-    spent = [line["sites"][name]["privacy"] for line in lines if "privacy" in line["sites"].get(name, {})]
+    late = [entry for line in lines for entry in line["late"] if entry["site"] == name and not entry["why"]]
+    spent = []
+    for line in lines:
+        told = [line["sites"].get(name, {}), *(entry for entry in line["late"] if entry["site"] == name)]
+        spent += [each["privacy"] for each in told if "privacy" in each]
     # The last of those that count the most.
     privacy = max(reversed(spent), key=lambda told: (told["steps"], told["epsilon"]), default=None)
     return {
@@ -60,6 +72,7 @@ def naive(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "unit": privacy["unit"] if privacy else None,
         "rounds": len(answered),
         "missed": {fault: missed.count(fault) for fault in FAULTS},
+        "late": {str(age): count for age, count in sorted(Counter(entry["age"] for entry in late).items())},
         "privacy": privacy,
     }
 
@@ -87,7 +100,8 @@ def test_the_sums_are_those_of_all_lines_at_once_after_every_line(seed: int, pri
         trainings = [line for line in so_far if line["kind"] == "train"]
         assert {name: tally.site(name, {}) for name in SITES} == {name: naive(name, so_far) for name in SITES}
         assert tally.silent() == silent(so_far)
-        assert tally.updates == sum(len(line["sites"]) for line in trainings)
+        late = [entry for line in trainings for entry in line["late"] if not entry["why"]]
+        assert tally.updates == sum(len(line["sites"]) for line in trainings) + len(late)
         asked = {name: sum(name not in line["resting"] for line in trainings) for name in SITES}
         assert {name: tally.asked(name) for name in SITES} == asked
         assert [line["round"] for line in tally.of_kind("train")] == [line["round"] for line in trainings]

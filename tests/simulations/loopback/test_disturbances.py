@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -31,6 +32,8 @@ from fedgraft.privacy.ledger import Entry, Ledger
 from fedgraft.server.deployed import jobs
 from fedgraft.server.deployed.control import Control
 from fedgraft.server.rundir import read_metrics, read_run
+from fedgraft.simulations import delays
+from fedgraft.simulations.fate import Fate, Fates
 from fedgraft.simulations.loopback.running import Loopback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(540)]
@@ -134,12 +137,25 @@ class Field:
         rounds = range(1, self.config.rounds + 1)
         return {number: set(self.lines(number)[0]["missing"]) for number in rounds}
 
-    def require_right(self, *, untrained: Mapping[int, Collection[str]]) -> None:
+    def require_right(
+        self, *, untrained: Mapping[int, Collection[str]], late: Collection[tuple[str, int]] = ()
+    ) -> None:
         """The adapter is that of the in-process engine with the same sites missing in the same rounds.
 
-        ``untrained``: those of them that spent nothing either, by round.
+        ``untrained``: those of them that spent nothing either, by round; ``late``: whose result of which round came in
+        the next.
         """
-        gone = self.missing()
+        gone = {
+            number: {site for site in sites if (site, number) not in late} for number, sites in self.missing().items()
+        }
+
+        class Latecomers(Fates):
+            def __init__(self, config: RunConfig) -> None:
+                super().__init__(config)
+                self.none = not late
+
+            def of(self, kind: str, site: str, round: int) -> Fate | None:
+                return Fate("late", "no answer in time") if (site, round) in late else None
 
         def between(site: str, message: Message, give: Callable[[], Message]) -> Message:
             number = int(message.metadata.group_id) if message.metadata.group_id.isdecimal() else 0
@@ -149,7 +165,8 @@ class Field:
                 give()
             return Message(Error(2, "gone"), reply_to=message)
 
-        self._tiny.run(self.config, self._folder / "simulated", between=between)
+        with mock.patch.object(delays, "Fates", Latecomers):
+            self._tiny.run(self.config, self._folder / "simulated", between=between)
         paths = (Path(read_run(run)["adapter_path"]) for run in (self.run, self._folder / "simulated"))
         one, two = (load_file(path / "adapter_model.safetensors") for path in paths)
         assert set(one) == set(two) and one
@@ -272,6 +289,31 @@ def test_a_straggler_beyond_the_deadline_is_named_and_the_others_go_on(field: Ca
     spent = [entry.about["round"] for entry in found.entries("east")]
     assert spent in ([1], [1, 2])
     found.require_right(untrained={1: ["east"], 2: ["east"]})
+
+
+def test_a_result_that_comes_late_counts_in_the_next_round_where_that_is_the_policy(
+    field: Callable[..., Field], job: Job
+) -> None:
+    changes = {"server.quorum": 2, "server.round_timeout": 25.0, "server.late": "staleness", "rounds": 3}
+    found = field(**_slow(job, "east", **changes))
+    with _at_work(found) as finish:
+        found.until_training("east")
+        paused = found.processes("east")
+        for process in paused:
+            process.suspend()
+        first = found.until_trained(1)
+        for process in paused:
+            process.resume()
+        second = found.until_trained(2)
+        finish()
+    assert first["faults"] == {"east": "late"} and "late" not in first
+    (late,) = second["late"]
+    assert (late["site"], late["round"], late["age"], late["why"]) == ("east", 1, 1, "")
+    assert late["privacy"]["steps"] == _LONG
+    assert found.missing() == {1: {"east"}, 2: set(), 3: set()} and "late" not in found.lines(3)[0]
+    assert read_run(found.run)["sites"]["east"]["late"] == {"1": 1}
+    found.require_spent_once({"east": [1, 2, 3], "north": [1, 2, 3], "south": [1, 2, 3]})
+    found.require_right(untrained={}, late=[("east", 1)])
 
 
 def test_a_site_whose_connection_is_cut_while_it_trains_answers_all_the_same(
