@@ -33,6 +33,7 @@ from .server.deployed.commands import job, server
 from .server.method_commands import app as methods
 from .server.strategy_commands import app as strategies
 from .server.watching.commands import export
+from .simulations.advice import commands as _advice  # noqa: F401
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 from .simulations.loopback.commands import app as dev

@@ -18,14 +18,15 @@ from .traffic import Skeleton
 class Count:
     """Numbers that ``method`` trains on a model: of the adapter itself, of the task's head, and frozen ones beside.
 
-    ``shared``: bytes a site sends each round in fp32; ``once``: bytes of what crosses a single time. ``refused``: why
-    the method does not fit the model.
+    ``shared``: bytes a site sends each round in fp32; ``once``: bytes of what crosses a single time; ``linear``:
+    whether the mean of two adapters is the mean of what they do. ``refused``: why the method does not fit the model.
     """
 
     method: str
     adapter: int = 0
     head: int = 0
     frozen: int = 0
+    linear: bool = False
     refused: str = ""
 
     @property
@@ -59,7 +60,9 @@ def count_of(spec: AdapterSpec) -> Count:
     """The numbers of an adapter, by what becomes of them."""
     frozen = sum(tensor.size for tensor in spec.tensors if tensor.policy == "freeze")
     head = sum(tensor.size for tensor in spec.tensors if tensor.policy != "freeze" and tensor.role == "head")
-    return Count(spec.method, spec.parameters - frozen - head, head, frozen)
+    own = [tensor for tensor in spec.tensors if tensor.policy != "freeze" and tensor.role != "head"]
+    linear = all(tensor.averaging == "linear" for tensor in own)
+    return Count(spec.method, spec.parameters - frozen - head, head, frozen, linear)
 
 
 def counts(

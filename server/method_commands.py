@@ -44,7 +44,7 @@ def _list(context: typer.Context, model: Model = "", labels: Labels = 2, as_json
         cells = [entry["name"], escape(entry["refused"] or entry["summary"]), escape(_privacy(entry))]
         if model:
             size = entry.get("count", {})
-            cells.insert(1, "" if "adapter" not in size else _short(size["adapter"]))
+            cells.insert(1, "" if "adapter" not in size else short(size["adapter"]))
         table.add_row(*cells, style="dim" if entry["refused"] or "refused" in entry.get("count", {}) else "")
     console = Console()
     console.print(table)
@@ -129,7 +129,7 @@ def _print_count(out: Console, found: dict[str, Any]) -> None:
     frozen = f", {size['frozen']:,} frozen ones cross once" if size["frozen"] else ""
     out.print(
         f"On {escape(model['name'])}: {size['adapter']:,} numbers and {size['head']:,} of the head train, "
-        f"{size['percent']:.3g} % of {model['parameters']:,}; {_bytes(size['bytes_up_round'])} a site and round"
+        f"{size['percent']:.3g} % of {model['parameters']:,}; {size_of(size['bytes_up_round'])} a site and round"
         f"{frozen}."
     )
 
@@ -148,14 +148,14 @@ def _privacy(entry: dict[str, Any]) -> str:
     return "" if entry["refused"] else "exact" if entry["dp"] == "exact" else "refused"
 
 
-def _short(number: int) -> str:
+def short(number: int) -> str:
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
 
 
-def _bytes(count: int) -> str:
+def size_of(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

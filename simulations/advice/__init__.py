@@ -1,0 +1,1 @@
+"""Which PEFT method to take for a model, a federation and a budget."""
