@@ -8,7 +8,9 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ from ..privacy.plan import PrivacyPlan
 from ..privacy.release import noised
 from ..privacy.securesum import SecureSite, Terms
 from ..strategies import LocalRule, Training, create_aggregator
-from .budget import event_of_release, plan_of, promise, require_room, reserve, reserve_training
+from .attempt import Attempt, attempt
+from .budget import event_of_release, plan_of, planned, promise, require_room, reserve, reserve_training, resume
 from .cohort import Cohort
 from .data import SiteData
 from .devicememory import OnSmaller
@@ -261,7 +264,8 @@ class SiteClient:
         if visit.kind == "train":
             if secure is not None:
                 secure.admit(envelopes_of(content))
-            answer, received = yield from self._train(job, config, here, content)
+            with self._attempt("train", config, here) as attempt:
+                answer, received = yield from self._train(job, config, here, content, attempt)
         elif visit.kind == "refine":
             answer, received = self._refine(job, config, here, content)
         else:
@@ -417,8 +421,17 @@ class SiteClient:
             self._watch.note(f"site {here.site}: asked for round {job.round} again; the same answer is sent, unpaid")
         return answer
 
+    def _attempt(self, kind: Kind, config: RunConfig, here: _Here) -> AbstractContextManager[Attempt]:
+        """An attempt at what is paid for, which outlives this process where answers do."""
+        return attempt(here.folder if self._surroundings.keeps and config.privacy.enabled else None, kind)
+
+    def _resumed(self, job: Job, here: _Here) -> None:
+        """Tell that what a process that died had set aside is used, and no more."""
+        here.told["resumed"] = True
+        self._watch.note(f"site {here.site}: round {job.round} was broken off and is done again, paid for once")
+
     def _train(
-        self, job: Job, config: RunConfig, here: _Here, content: RecordDict
+        self, job: Job, config: RunConfig, here: _Here, content: RecordDict, attempt: Attempt
     ) -> Generator[Lesson, Trained, tuple[RecordDict, AdapterState]]:
         """The answer of a training, and the adapter that it was about."""
         prepared, model = self._site(job, config, here)
@@ -433,17 +446,25 @@ class SiteClient:
         rule = self._rule(job, config, here.site, known)
         if rule is not None:
             state = rule.begin(state, self._loss(config, prepared, model) if rule.needs_loss else None)
-        plan = told = reserved = noise = None
+        record = record_of(here.context.state, "clip", ConfigRecord) or ConfigRecord()
+        clip = float(record["clip"]) if record.get("run") == job.run else None  # type: ignore[arg-type]
+        plan = told = reserved = again = noise = None
         if config.privacy.enabled:
-            plan = plan_of(job, config, prepared)
             require_exact(model.adapter.model, model.adapter.trainables(), config.privacy.engine)
             kept.require_room(sum(array.nbytes for array in received.values()))
+            plan, again = planned(
+                attempt,
+                prepared,
+                partial(plan_of, job, config, prepared),
+                lambda: [*_terms(job, config, here, state, *known.values()), clip],
+            )
             # The budget is on the disk before the first gradient: a crash can only have recorded too much.
-            reserved = reserve_training(job, config, prepared, plan)
+            reserved = reserve_training(job, config, prepared, plan, again, **attempt.about)
+            if again is not None:
+                self._resumed(job, here)
             # Of two processes at the same run the ledger has let one through, which alone may make the run's key.
-            noise = self._correlated_noise(job, config, here, plan, received.spec)
+            noise = self._correlated_noise(job, config, here, plan, received.spec, resumed=again is not None)
             told = promise(config, prepared)
-        clip = record_of(here.context.state, "clip", ConfigRecord) or ConfigRecord()
         taken = 0
 
         def on_step(step: int, loss: float | None) -> None:
@@ -462,8 +483,9 @@ class SiteClient:
                 round=job.round,
                 plan=plan,
                 keys=prepared.keys,
-                clip=float(clip["clip"]) if clip.get("run") == job.run else None,  # type: ignore[arg-type]
+                clip=clip,
                 noise=noise,
+                key=attempt.key,
                 on_step=on_step,
                 rule=rule,
                 on_smaller=self._smaller(here.site),
@@ -471,11 +493,14 @@ class SiteClient:
             personal = yield from self._personal(rule, known, received, prepared, model, config, job, here.site)
         except BaseException:
             if reserved is not None:
-                # A step that broke off counts: how far it came is not known. What cannot be settled counts whole.
+                # A step that broke off counts: how far it came is not known, and of one that was broken off before
+                # nothing is. What cannot be settled counts whole.
+                steps = min(taken + 1, reserved.steps) if again is None else reserved.steps
                 with contextlib.suppress(UserError):
-                    prepared.ledger.settle(reserved, min(taken + 1, reserved.steps), "failed")
+                    prepared.ledger.settle(reserved, steps, "failed")
             raise
         if reserved is not None:
+            attempt.end()
             prepared.ledger.settle(reserved, reserved.steps, "released")
             told = promise(config, prepared)
         if result.clip is not None:
@@ -598,7 +623,8 @@ class SiteClient:
             if (repeated := self._repeated(kept, state, job, here)) is not None:
                 return repeated
             kept.require_room(0)
-            metrics = self._noised_counts(job, config, here.site, prepared, model, state)
+            with self._attempt("evaluate", config, here) as attempt:
+                metrics = self._noised_counts(job, config, here, prepared, model, state, attempt)
         elif config.evaluation_release == "exact_not_private":
             metrics = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(here.site)).exact()
         privacy = promise(config, prepared)
@@ -608,25 +634,45 @@ class SiteClient:
         return answer
 
     def _noised_counts(
-        self, job: Job, config: RunConfig, site: str, prepared: Prepared, model: Resident, state: AdapterState
+        self,
+        job: Job,
+        config: RunConfig,
+        here: _Here,
+        prepared: Prepared,
+        model: Resident,
+        state: AdapterState,
+        attempt: Attempt,
     ) -> dict[str, float]:
         """Evaluation counts that the budget of the held-out units has paid for."""
-        event = event_of_release(job, config, prepared)
-        reserved = reserve(job, config, prepared, event, "held-out")
-        scores = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(site))
-        if config.privacy.seeded_noise_not_private:
-            stream = RandomStream.seeded_not_private(config.seed, site, job.round, "evaluation")
+        event, again = planned(
+            attempt,
+            prepared,
+            partial(event_of_release, job, config, prepared),
+            lambda: _terms(job, config, here, state),
+        )
+        if again is not None:
+            reserved = resume(config, prepared, again)
+            self._resumed(job, here)
         else:
-            stream = RandomStream.from_os()
+            reserved = reserve(job, config, prepared, event, "held-out", None, **attempt.about)
+        scores = evaluate(model, state, prepared.held_out, config, on_smaller=self._smaller(here.site))
+        if config.privacy.seeded_noise_not_private:
+            stream = RandomStream.seeded_not_private(config.seed, here.site, job.round, "evaluation")
+        else:
+            stream = RandomStream.from_os() if attempt.key is None else RandomStream(attempt.key)
         even = model.task.even_loss(model.adapter.model)
         counts = noised(scores, prepared.held_out_groups, even, event.noise_multiplier, stream)
+        attempt.end()
         prepared.ledger.settle(reserved, 1, "released")
         return counts
 
     def _correlated_noise(
-        self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan, spec: AdapterSpec
+        self, job: Job, config: RunConfig, here: _Here, plan: PrivacyPlan, spec: AdapterSpec, *, resumed: bool
     ) -> CorrelatedNoise | None:
-        """The run's noise, where it is correlated: it goes on from round to round, also in another process."""
+        """The run's noise, where it is correlated: it goes on from round to round, also in another process.
+
+        ``resumed``: a process that died may have begun it.
+        """
         if plan.bands == 1:
             return None
         # The server chose the run's name, so no path is made of it.
@@ -641,7 +687,8 @@ class SiteClient:
         else:
             path = here.folder / "noise" / f"{name}.json"
             # Also for noise that is held: the key's file knows under which plan the run was begun.
-            key = site_key(path, bands=plan.bands, slots=plan.slots, first_step=plan.first_step, trained=trained)
+            about = {"bands": plan.bands, "slots": plan.slots, "first_step": plan.first_step}
+            key = site_key(path, **about, trained=trained, resumed=resumed)
         if plan.first_step == 0 or place not in self._noise:
             self._noise[place] = plan.correlated(key)
             while len(self._noise) > _NOISES:
@@ -710,6 +757,12 @@ class SiteClient:
     def _memory(self, job: Job, here: _Here) -> SiteMemory:
         key = ("memory", str(here.folder), here.site, job.run)
         return self._of(here).get(key, lambda: SiteMemory(here.folder, job.run))
+
+
+def _terms(job: Job, config: RunConfig, here: _Here, *states: AdapterState) -> list[object]:
+    """What an instruction says, and the states that it is about: all that decides what becomes of it, but the data."""
+    about = [config.digest(), job.run, job.round, job.fingerprint, here.site]
+    return [*about, *(f"{state.spec.digest}|{state.digest}" for state in states)]
 
 
 def _with_local(state: AdapterState, known: Mapping[str, AdapterState]) -> AdapterState:
