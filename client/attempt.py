@@ -54,7 +54,8 @@ class Attempt:
     - *It is done again, not drawn again.* Same key, same terms: the same samples, turns and noise, for the same
       function of the same records. So it does not matter either whether a death hangs on what was drawn (a sample that
       is too large for the memory): no draw is replaced by a luckier one, and noise that is correlated serves no second
-      gradient.
+      gradient. Nor can a copy of the site's folder that is put back release anything else (on a GPU, but for
+      the last bits).
 
     Where any of this is not known, the attempt is paid for anew and the old reservation counts for good. That a process
     died, and when, others see as a longer wait; what the time of a training tells is not in any epsilon here.

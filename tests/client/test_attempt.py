@@ -341,8 +341,11 @@ def test_a_policy_that_allows_less_by_now_lets_nothing_be_taken_up(talk: Talk, c
     site = talk()
     _killed(conversation, "in the second step", site.train)
     policy = site.folder / "policy.toml"
-    assert "max_epsilon_per_year = inf" in policy.read_text()
-    policy.write_text(policy.read_text().replace("max_epsilon_per_year = inf", "max_epsilon_per_year = 0.01"))
+    text = policy.read_text()
+    for key, allowed, now in (("max_epsilon_per_year", "inf", 0.01), ("max_delta", 0.999999999, 1e-3)):
+        assert f"{key} = {allowed}" in text
+        text = text.replace(f"{key} = {allowed}", f"{key} = {now}")
+    policy.write_text(text)
     refused, content = site.train()
     assert "epsilon" in refused.error and set(content) == {"site"} and _entries(site) == [("", 0)]
 
