@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedgraft.cli import app
-from fedgraft.client import answering, keptanswers
 from fedgraft.client import app as client_app
 from fedgraft.client import attempt as attempts
+from fedgraft.client import holdings, keptanswers
+from fedgraft.client.surroundings import Surroundings
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.errors import UserError
 from fedgraft.core.progress import Watch
@@ -395,7 +396,7 @@ def test_units_that_come_in_turn_have_the_same_turns_and_noise_again(
             (noise,) = (json.loads(path.read_text())["key"] for path in (site.folder / "noise").glob("*.json"))
         with monkeypatch.context() as patch:
             _drawn_from(key, patch)
-            patch.setattr(answering, "site_key", lambda *_, noise=noise, **__: bytes.fromhex(noise))
+            patch.setattr(holdings, "site_key", lambda *_, noise=noise, **__: bytes.fromhex(noise))
             answers.append((content, other.train(number)[1]))
     assert all(_update(one) == _update(two) for one, two in answers)
     assert _entries(site) == [("released", 1)] * 2 and _entries(other) == [("released", 0)] * 2
@@ -437,4 +438,4 @@ def _before_the_answer(points: list[str]) -> list[str]:
 def test_simulated_sites_leave_no_attempts(tiny_federation: Any, tmp_path: Path) -> None:
     tiny_federation.run(tiny_federation.private(rounds=1), tmp_path / "run")
     assert list(tmp_path.glob("run/sites/*/ledgers/*.jsonl")) and not list(tmp_path.rglob("attempts"))
-    assert answering.Surroundings.keeps is False
+    assert Surroundings.keeps is False
