@@ -213,6 +213,20 @@ def test_an_attempt_is_taken_up_again_as_often_as_it_is_killed(talk: Talk, conve
     assert CliRunner().invoke(app, ["privacy", "ledger", "verify", str(site.folder)]).exit_code == 0
 
 
+def test_a_run_whose_every_round_was_killed_spends_its_budget_like_any_other(
+    talk: Talk, conversation: ModuleType
+) -> None:
+    """Its noise is chosen so that the last round leaves nothing: one reservation more would not fit."""
+    changes = {"privacy.noise_multiplier": 0.0, "rounds": 2}
+    site, other = talk(**changes), talk("other", **changes)
+    for number in (1, 2):
+        _killed(conversation, "in the second step", lambda number=number: site.train(number))
+        assert site.train(number)[0].error == other.train(number)[0].error == ""
+    events = [Ledger(each.folder / "ledgers").events() for each in (site, other)]
+    assert events[0] == events[1] and 1.9 < epsilon(events[0], 1e-3) <= 2.0
+    assert _entries(site) == [("released", 1)] * 2
+
+
 @pytest.mark.parametrize("release", ["after the reservation", "before the settlement", "after the settlement"])
 def test_noised_counts_that_were_killed_are_paid_for_once_if_they_are_the_same(
     talk: Talk, conversation: ModuleType, monkeypatch: pytest.MonkeyPatch, release: str
