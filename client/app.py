@@ -13,10 +13,11 @@ from ..core.errors import PrivateError, UserError
 from ..core.progress import SILENT, Watch
 from ..core.wire import Kind
 from ..privacy.securesum.identity import load_roster, load_signing_key
-from .answering import SiteClient, Surroundings
+from .answering import SiteClient
 from .data import SiteData, load_site
 from .policy import Policy, load_policy
 from .securing import Identity
+from .surroundings import Surroundings
 
 
 def make_client_app(surroundings: Surroundings, watch: Watch = SILENT) -> ClientApp:

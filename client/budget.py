@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from ..core.config import RunConfig
 from ..core.errors import UserError
 from ..core.update import PrivacyStatement
 from ..core.wire import Job
 from ..privacy.accounting import Event
-from ..privacy.ledger import Limit, Part, Reservation
+from ..privacy.ledger import Entry, Limit, Part, Reservation
 from ..privacy.plan import PrivacyPlan, statement
 from ..privacy.release import release_event
+from .attempt import Attempt, digest_of
 from .prepared import Prepared
 
+#: What is to be spent.
+Planned = TypeVar("Planned", PrivacyPlan, Event)
 
-def plan_of(job: Job, config: RunConfig, prepared: Prepared) -> PrivacyPlan:
+
+def plan_of(job: Job, config: RunConfig, prepared: Prepared, without: str = "") -> PrivacyPlan:
+    """The plan for the rest of the run; ``without``: as if the reservation of that name were not there."""
     remaining = (config.rounds - max(job.round, 1) + 1) * config.train.local_steps
-    spent = prepared.ledger.spent("train", prepared.split)
+    spent = prepared.ledger.spent("train", prepared.split, without)
     try:
-        first = prepared.ledger.steps_reserved(job.run)
+        first = prepared.ledger.steps_reserved(job.run, without)
         return PrivacyPlan.for_run(config, len(prepared.groups), remaining, spent, first)
     except UserError as error:
         if not spent or job.round < 2:
@@ -28,11 +35,38 @@ def plan_of(job: Job, config: RunConfig, prepared: Prepared) -> PrivacyPlan:
         raise UserError(f"{error}; or end the run as it is: --resume with --set rounds={job.round - 1}") from None
 
 
-def event_of_release(job: Job, config: RunConfig, prepared: Prepared) -> Event:
+def event_of_release(job: Job, config: RunConfig, prepared: Prepared, without: str = "") -> Event:
     try:
-        return release_event(config, job.round, prepared.ledger.spent("held-out", prepared.split))
+        return release_event(config, job.round, prepared.ledger.spent("held-out", prepared.split, without))
     except UserError as error:
         raise UserError(f'the evaluation: {error}; or say evaluate.release = "none"') from None
+
+
+def planned(
+    attempt: Attempt, prepared: Prepared, plan: Callable[[str], Planned], terms: Callable[[], Sequence[object]]
+) -> tuple[Planned, Entry | None]:
+    """What ``plan`` says, and the reservation that ``attempt`` takes up again; None: it has begun, and needs one.
+
+    ``plan``: gives what is to be spent, as if the reservation of a name were not there; ``terms``: gives what the
+    attempt hangs on beside that, its randomness and the site's data.
+    """
+
+    def digest(planned: Planned) -> str:
+        return digest_of(*terms(), prepared.ledger.dataset, prepared.fingerprint, prepared.split, planned)
+
+    if (entry := attempt.abandoned(prepared.ledger)) is not None:
+        again = plan(entry.id)
+        if attempt.resume(digest(again)):
+            return again, entry
+    first = plan("")
+    attempt.begin(lambda: digest(first))
+    return first, None
+
+
+def resume(config: RunConfig, prepared: Prepared, entry: Entry) -> Reservation:
+    """Take ``entry`` up again, within what the job and the site's policy allow."""
+    limits = (own_limit(config), *prepared.limits)
+    return prepared.ledger.resume(entry.id, split=prepared.split, limits=limits)
 
 
 def reserve(
@@ -60,8 +94,10 @@ def reserve(
     )
 
 
-def reserve_training(job: Job, config: RunConfig, prepared: Prepared, plan: PrivacyPlan) -> Reservation:
-    """Set a round's budget aside.
+def reserve_training(
+    job: Job, config: RunConfig, prepared: Prepared, plan: PrivacyPlan, resumed: Entry | None = None, **about: str
+) -> Reservation:
+    """Set a round's budget aside, or take up again what was: ``resumed``.
 
     Raises :class:`UserError` when another process is at work on the same run, and where units come in turn but the run
     was begun under other settings: a unit whose turn was paid for and is over would have another one for nothing.
@@ -76,7 +112,10 @@ def reserve_training(job: Job, config: RunConfig, prepared: Prepared, plan: Priv
     events = plan.events(plan.first_step, steps)
     # Steps in turn share what they cost; only steps that cost their own can be given back.
     own = len(events) == 1 and plan.slots == 1
-    reserved = reserve(job, config, prepared, events[0] if own else events, "train", steps, **terms)
+    if resumed is not None:
+        reserved = resume(config, prepared, resumed)
+    else:
+        reserved = reserve(job, config, prepared, events[0] if own else events, "train", steps, **terms, **about)
     if reserved.first_step != plan.first_step:
         raise UserError("another process of this site trains the same run; end one of them")
     return reserved

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.config import RunConfig
 from ..core.errors import UserError, is_out_of_memory
+from ..core.progress import Watch
 from ..core.tasks import Example
 from .resident import Resident
 
@@ -36,6 +37,11 @@ _LEFT = 0.1
 # rounds, and its libraries have work space.
 _SLACK = {"cpu": 1.8, "cuda": 1.2, "mps": 1.3}
 _GIB = 2**30
+
+
+def telling(watch: Watch, site: str) -> OnSmaller:
+    """What tells whoever watches, at the site, that fewer examples pass at a time."""
+    return lambda setting, size, text: watch.smaller_batch(site, setting, size, text)
 
 
 @dataclass

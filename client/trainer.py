@@ -65,6 +65,7 @@ class Lesson:
     keys: Sequence[bytes] = ()
     clip: float | None = None
     noise: CorrelatedNoise | None = None
+    key: bytes | None = None
     on_step: OnStep = lambda step, loss: None
     rule: LocalRule | None = None
     on_smaller: OnSmaller = lambda setting, size, text: None
@@ -83,6 +84,7 @@ class Lesson:
             keys=self.keys,
             clip=self.clip,
             noise=self.noise,
+            key=self.key,
             on_step=self.on_step,
             rule=self.rule,
             on_smaller=self.on_smaller,
@@ -143,6 +145,7 @@ def train(
     keys: Sequence[bytes] = (),
     clip: float | None = None,
     noise: CorrelatedNoise | None = None,
+    key: bytes | None = None,
     on_step: OnStep = lambda step, loss: None,
     create: EngineFactory = create_engine,
     rule: LocalRule | None = None,
@@ -156,9 +159,10 @@ def train(
     not depend on the engine or on what ran before. The optimizer starts afresh every round.
 
     A plan whose units come in turn needs their ``keys``; one with correlated noise that ``noise``; one whose bound
-    adapts takes ``clip``, the bound that the last round ended with. ``create`` makes the engine that clips; the audit
-    puts one that it watches in its place. ``rule``: what the strategy has the site do otherwise; under privacy it sees
-    gradients that are clipped and noised, and where it lets some tensors rest, only the others are clipped and noised.
+    adapts takes ``clip``, the bound that the last round ended with. ``key``: see :func:`randomness`. ``create`` makes
+    the engine that clips; the audit puts one that it watches in its place. ``rule``: what the strategy has the site do
+    otherwise; under privacy it sees gradients that are clipped and noised, and where it lets some tensors rest, only
+    the others are clipped and noised.
 
     A step for which memory runs out begins again with the same sample in smaller parts, which ``on_smaller`` is told;
     raises :class:`UserError` when even one example is too much.
@@ -173,8 +177,7 @@ def train(
     optimizer = optimizer_of(settings, trainables.values())
     first = (round - 1) * settings.local_steps
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(settings, first + step, config.total_steps))
-    seeded = plan is None or plan.seeded_noise_not_private
-    stream = RandomStream.seeded_not_private(config.seed, site, round) if seeded else RandomStream.from_os()
+    stream = randomness(plan, config, site, round, key)
     course = Course(rule, state, trainables)
     own = adapter.steps(adapter, config.method, first=first, total=config.total_steps)
     batch = PhysicalBatch(
@@ -274,6 +277,19 @@ def require_memory(
             parameter.grad = None
 
     require_room(resident, examples, config, rehearse, on_smaller, private=private)
+
+
+def randomness(
+    plan: PrivacyPlan | None, config: RunConfig, site: str, round: int, key: bytes | None = None
+) -> RandomStream:
+    """What a round's samples, noise and dropout are drawn from.
+
+    That is the run's seed where nothing is private; else ``key``, which is the same where a training that was broken
+    off is done again (:mod:`.attempt`), or a fresh one.
+    """
+    if plan is None or plan.seeded_noise_not_private:
+        return RandomStream.seeded_not_private(config.seed, site, round)
+    return RandomStream.from_os() if key is None else RandomStream(key)
 
 
 class Course:

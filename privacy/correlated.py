@@ -123,20 +123,23 @@ def seeded_key_not_private(*parts: object) -> bytes:
     return hashlib.sha256("|".join(map(repr, parts)).encode()).digest()
 
 
-def site_key(path: str | Path, *, bands: int, slots: int, first_step: int, trained: str = "") -> bytes:
+def site_key(
+    path: str | Path, *, bands: int, slots: int, first_step: int, trained: str = "", resumed: bool = False
+) -> bytes:
     """The secret noise key of a run, kept in the file ``path`` on the site's own disk.
 
     ``trained``: a name for the tensors that train, whose noise it is. ``first_step``: how many steps of this run the
     ledger held before those that were just reserved: call it after the reservation, so that of two processes only one
-    makes the key. Returns once the key is on the disk. Raises :class:`UserError` where the key of a run that has begun
-    is lost or belongs to another plan (other noise would no longer cancel, and an epoch that was paid for as one would
-    be two), and where there is one though the ledger knows nothing of it: it may have served, on other data or under
-    a ledger that is lost.
+    makes the key. ``resumed``: that reservation was taken up again, and who died over it may have made the key. Returns
+    once the key is on the disk. Raises :class:`UserError` where the key of a run that has begun is lost or belongs to
+    another plan (other noise would no longer cancel, and an epoch that was paid for as one would be two), and where
+    there is one though the ledger knows nothing of it: it may have served, on other data or under a ledger that is
+    lost.
     """
     path = Path(path)
     plan: dict[str, int | str] = {"bands": bands, "slots": slots, "trained": trained}
     try:
-        if first_step == 0:
+        if first_step == 0 and not (resumed and path.exists()):
             return _create(path, plan)
         kept = json.loads(path.read_text(encoding="utf-8"))
         key = bytes.fromhex(kept.pop("key"))

@@ -2,7 +2,8 @@
 
 One file for each state of a site's data, named by their fingerprint, in one folder. What was spent on data of one name
 adds up over all these files, so that a changed record does not forget the past. A reservation counts whole until a
-settlement says how many of its steps were taken: a crash at any moment can only have recorded too much.
+settlement says how many of its steps were taken: a crash at any moment can only have recorded too much. One that was
+never settled may be taken up again by whoever carries on with the very same thing, which then costs nothing more.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class Entry:
     """A reservation as the ledger holds it, and what became of it.
 
     ``independent``: each of its ``steps`` is one step of its event, so that they can be given back one by one;
-    ``taken``: steps that were taken, None while nobody said; ``about``: what it was spent on, for people.
+    ``taken``: steps that were taken, None while nobody said; ``resumed``: how often it was taken up again; ``about``:
+    what it was spent on, for people.
     """
 
     path: Path | None
@@ -110,6 +112,7 @@ class Entry:
     about: Mapping[str, Any]
     taken: int | None = None
     outcome: str = ""
+    resumed: int = 0
 
     @property
     def counted(self) -> tuple[Event, ...]:
@@ -170,9 +173,12 @@ class Ledger:
         """All events, as if every unit had been in each."""
         return _events(self.entries())
 
-    def spent(self, part: str, split: str) -> tuple[Event, ...]:
-        """What a unit in ``part`` of ``split`` may have paid: everything but the other parts of that same split."""
-        return _events(_paid(self.entries(), part, split))
+    def spent(self, part: str, split: str, without: str = "") -> tuple[Event, ...]:
+        """What a unit in ``part`` of ``split`` may have paid: everything but the other parts of that same split.
+
+        ``without``: the reservation of that name is left out.
+        """
+        return _events(_paid((entry for entry in self.entries() if entry.id != without), part, split))
 
     def total(
         self, delta: float, split: str, *, neighbours: str = "add_remove", accountant: str = "pld", year: int = 0
@@ -194,9 +200,14 @@ class Ledger:
         """What was ever reserved for the training of ``run``."""
         return tuple(entry for entry in self.entries() if entry.part == "train" and entry.about.get("run") == run)
 
-    def steps_reserved(self, run: str) -> int:
-        """Training steps ever reserved in ``run``, whatever became of them."""
-        return _steps_reserved(self.entries(), run)
+    def steps_reserved(self, run: str, without: str = "") -> int:
+        """Training steps ever reserved in ``run``, whatever became of them; but for the reservation ``without``."""
+        return _steps_reserved((entry for entry in self.entries() if entry.id != without), run)
+
+    def unsettled(self, attempt: str) -> Entry | None:
+        """The reservation on these very data that says ``attempt`` of itself, and of which nobody said what became."""
+        found = (entry for entry in self.entries() if entry.about.get("attempt") == attempt)
+        return next((entry for entry in found if not entry.outcome and entry.path == self.path), None)
 
     def steps_spent(self, part: str, split: str) -> int:
         """Steps that :meth:`spent` stands for: those taken, and those of which nobody said."""
@@ -290,17 +301,39 @@ class Ledger:
         if outcome not in ("released", "failed"):
             raise ValueError(f"the outcome `{outcome}` is neither released nor failed")
         with self._alone():
-            entry = next((e for e in self._counting(self._lines()) if e.id == reservation.id), None)
-            if entry is None or entry.path != self.path:
-                raise ValueError(f"{reservation.id} was not reserved here")
-            if entry.outcome:
-                raise ValueError(f"{reservation.id} is settled already")
+            self._open(reservation.id, self._counting(self._lines()))
             time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
             return self._append(
                 {"kind": "settle", "id": reservation.id, "time": time, "steps": steps, "outcome": outcome}
             )
 
+    def resume(self, name: str, *, split: str = "", limits: Sequence[Limit] = ()) -> Reservation:
+        """Take the unsettled reservation ``name`` up again; returns once the line that says so is on the disk.
+
+        It goes on counting whole, once. Only for whoever knows that nothing of what was done under it has left, or ever
+        will, and does the same again; see :mod:`fedgraft.client.attempt`. Raises ValueError for what was never
+        reserved here or is settled, and :class:`UserError`, with nothing written, where :meth:`reserve` would for want
+        of anything but new budget.
+        """
+        with self._alone():
+            now = self._clock()
+            spent = self._spendable(now)
+            entry = self._open(name, spent)
+            self._require_room(spent, split, limits, now)
+            time = now.astimezone(UTC).isoformat(timespec="milliseconds")
+            before = _steps_reserved((other for other in spent if other is not entry), entry.about.get("run"))
+            return Reservation(name, entry.steps, self._append({"kind": "resume", "id": name, "time": time}), before)
+
     # Inside
+
+    def _open(self, name: str, entries: Iterable[Entry]) -> Entry:
+        """The reservation ``name``, which must be of these very data and not settled."""
+        entry = next((entry for entry in entries if entry.id == name), None)
+        if entry is None or entry.path != self.path:
+            raise ValueError(f"{name} was not reserved here")
+        if entry.outcome:
+            raise ValueError(f"{name} is settled already")
+        return entry
 
     def _spendable(self, now: datetime) -> tuple[Entry, ...]:
         """:meth:`entries`, for whoever is about to add one: refused while the clock is behind any line."""
@@ -322,7 +355,7 @@ class Ledger:
                 raise OverspentError(limit, total, str(self.path or "the ledger"))
 
     def _counting(self, lines: Sequence[_Line]) -> tuple[Entry, ...]:
-        """The reservations of this dataset, each with its settlement."""
+        """The reservations of this dataset, each with what followed."""
         # A site asks again and again, and the hash of a file's last line stands for all of them.
         heads = {line.path: line.values.get("sha256") for line in lines}
         if self.folder is None or heads != self._counted[0]:
@@ -339,7 +372,7 @@ class Ledger:
                         raise ValueError("two reservations of one name")
                     found[entry.id] = entry
                 else:
-                    found[line.values["id"]] = _settled(found[line.values["id"]], line)
+                    found[line.values["id"]] = _followed(found[line.values["id"]], line)
             except (ValueError, KeyError, TypeError, OverflowError):
                 raise self._damaged(line) from None
         counting = []
@@ -451,12 +484,14 @@ def _time(values: Mapping[str, Any]) -> datetime:
     return time
 
 
-def _settled(entry: Entry, line: _Line) -> Entry:
-    """``entry`` with its settlement. Raises ValueError or KeyError when the two do not fit."""
-    steps, outcome = line.values["steps"], line.values["outcome"]
+def _followed(entry: Entry, line: _Line) -> Entry:
+    """``entry`` settled, or taken up again. Raises ValueError, KeyError or TypeError when the two do not fit."""
     _time(line.values)
-    if line.values["kind"] != "settle" or entry.path != line.path or entry.outcome:
-        raise ValueError("not a settlement of this entry")
+    if line.values["kind"] not in ("settle", "resume") or entry.path != line.path or entry.outcome:
+        raise ValueError("nothing that follows this entry")
+    if line.values["kind"] == "resume":
+        return replace(entry, resumed=entry.resumed + 1)
+    steps, outcome = line.values["steps"], line.values["outcome"]
     if type(steps) is not int or not 0 <= steps <= entry.steps or outcome not in ("released", "failed"):
         raise ValueError("not a settlement")
     return replace(entry, taken=steps, outcome=outcome)

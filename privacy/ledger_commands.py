@@ -151,8 +151,12 @@ def _row(entry: Entry) -> tuple[str, ...]:
         ", ".join(f"{event.noise_multiplier:.4g}" for event in entry.events),
         ", ".join(f"{event.sampling_rate:.4g}" for event in entry.events),
         steps,
-        entry.outcome or "not settled: all of it counts",
+        (entry.outcome or "not settled: all of it counts") + _resumed(entry.resumed),
     )
+
+
+def _resumed(times: int) -> str:
+    return "" if not times else ", taken up again" if times == 1 else f", taken up again {times} times"
 
 
 def _as_json(account: _Account, delta: float | None, neighbours: str) -> dict[str, Any]:
@@ -177,6 +181,7 @@ def _as_json(account: _Account, delta: float | None, neighbours: str) -> dict[st
                 "steps": entry.steps,
                 "taken": entry.taken,
                 "outcome": entry.outcome,
+                "resumed": entry.resumed,
                 "events": [event.to_dict() for event in entry.events],
                 **entry.about,
             }

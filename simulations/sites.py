@@ -8,12 +8,13 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from ..client.answering import SiteClient, Surroundings
+from ..client.answering import SiteClient
 from ..client.app import own_name
 from ..client.cohort import Cohort
 from ..client.data import SiteData
 from ..client.policy import Policy, load_policy, unrestricted
 from ..client.securing import Identity
+from ..client.surroundings import Surroundings
 from ..core.config import RunConfig, config_from_json
 from ..core.errors import UserError
 from ..core.progress import SILENT, Watch

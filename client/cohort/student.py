@@ -15,9 +15,8 @@ from ...core.tasks import Example
 from ...privacy.adaptive import adapted
 from ...privacy.engine.clippedsum import ClippedSum
 from ...privacy.engine.sites import Stacks
-from ...privacy.noise import RandomStream
 from ...privacy.sampling import shuffled_batches
-from ..trainer import Course, Lesson, Sampler, by_length, by_unit
+from ..trainer import Course, Lesson, Sampler, by_length, by_unit, randomness
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,7 @@ class Student:
         self.losses: list[float] = []
         self.loss = 0.0
         self.failed: Exception | None = None
-        seeded = plan is None or plan.seeded_noise_not_private
-        self._stream = (
-            RandomStream.seeded_not_private(config.seed, lesson.site, lesson.round)
-            if seeded
-            else RandomStream.from_os()
-        )
+        self._stream = randomness(plan, config, lesson.site, lesson.round, lesson.key)
         self._stream.words(1)  # what seeds the dropout of a training alone
         self._stacks = stacks
         self.course: Course | None = None

@@ -177,7 +177,7 @@ class Worker:
         try:
             return self._answerer.ask(message, context, until - time.monotonic())
         except AnswererDiedError as error:
-            # What the first had reserved in the ledger stays counted; the second trains under what is left.
+            # What the first had reserved in the ledger the second takes up again, or pays for anew.
             self._say(f"{error}; it is started again, for this instruction once")
             self._audit_log.write(
                 "worker", did="started the answerer again", why=one_line(error), **_about(message, context)

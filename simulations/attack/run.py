@@ -21,12 +21,12 @@ import numpy as np
 from flwr.app import Context
 
 from ... import __version__
-from ...client.answering import Surroundings
 from ...client.app import make_client_app, own_name
 from ...client.data import Records, SiteData
 from ...client.evaluation import evaluate
 from ...client.policy import Policy, unrestricted
 from ...client.resident import resident
+from ...client.surroundings import Surroundings
 from ...core.config import RunConfig, config_from_json
 from ...core.errors import UserError
 from ...core.tasks import Example

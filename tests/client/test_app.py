@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedgraft.client import answering, trainer
 from fedgraft.client import app as client_app
 from fedgraft.client.app import make_client_app
+from fedgraft.client.surroundings import Surroundings
 from fedgraft.core.adapter import AdapterState
 from fedgraft.core.update import PrivacyStatement
 from fedgraft.core.wire import NEEDS_STATE, Job, decode_adapter, decode_answer, encode_adapter
@@ -192,9 +193,7 @@ def test_another_process_of_the_site_goes_on_from_its_memory(plain: Any) -> None
     """Flower keeps a site's memory, not its process: the decoded adapter of this one is gone in the next."""
     plain.evaluate()
     client = answering.SiteClient(
-        answering.Surroundings(
-            client_app.own_name, client_app._own_folder, client_app._own_policy, client_app._own_data
-        )
+        Surroundings(client_app.own_name, client_app._own_folder, client_app._own_policy, client_app._own_data)
     )
     held = plain.state.digest
     nothing = encode_adapter(plain.state.only([]), wire="fp32", whole=held, rest=held)

@@ -207,6 +207,13 @@ def test_unseeded_noise_is_each_sites_own(lessons: Make) -> None:
         assert all(abs(move.dot(each)) < 0.5 * move.norm() * each.norm() for each in moves[at + 1 :])
 
 
+def test_sites_draw_from_the_keys_that_they_are_given(lessons: Make) -> None:
+    made = lessons(private=True, plan={"seeded_noise_not_private": False})
+    hold([replace(lesson, key=bytes([at]) * 32) for at, lesson in enumerate(made)])
+    one, other = (replace(made[0], key=key).train().state for key in (bytes(32), bytes([1]) * 32))
+    assert gap(one, other) > 1e-3
+
+
 def test_one_site_is_a_cohort_too(lessons: Make) -> None:
     hold(lessons(sizes=(30,)))
     hold(lessons(sizes=(30,), private=True))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedgraft.client import answering, budget, trainer
 from fedgraft.client import app as client_app
+from fedgraft.client import budget, learning, trainer
 from fedgraft.client.resident import resident
 from fedgraft.core import records as core_records
 from fedgraft.core.errors import UserError
@@ -358,14 +358,14 @@ def test_seeded_noise_in_the_past_marks_every_later_statement(talk: Any, policy:
 
 def _with(spoil: Callable[[RecordDict], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the answer of a training be changed on its way to the gate."""
-    make = answering.encode_answer
+    make = learning.encode_answer
 
     def spoilt(*args: Any, **more: Any) -> RecordDict:
         content = make(*args, **more)
         spoil(content)
         return content
 
-    monkeypatch.setattr(answering, "encode_answer", spoilt)
+    monkeypatch.setattr(learning, "encode_answer", spoilt)
 
 
 def _not_finite(content: RecordDict) -> None:

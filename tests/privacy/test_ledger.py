@@ -187,6 +187,52 @@ def test_a_step_of_a_run_is_never_numbered_twice(folder: Path) -> None:
     assert (book.steps_reserved("r"), book.steps_reserved("other"), book.steps_reserved("none")) == (12, 6, 0)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_taken_up_again_counts_once_and_whole_until_it_is_settled(folder: Path, in_memory: bool) -> None:
+    book = ledger(None if in_memory else folder)
+    book.reserve(EVENTS[1], run="r", steps=5)
+    first = book.reserve(EVENTS[0], run="r", attempt="a")
+    book.reserve(EVENTS[2], run="r")
+    for again in (1, 2):
+        reserved = book.resume(first.id)
+        assert (reserved.id, reserved.steps, reserved.first_step) == (first.id, 6, 6)
+        assert book.events() == (EVENTS[1], EVENTS[0], EVENTS[2])
+        assert [entry.resumed for entry in book.entries()] == [0, again, 0]
+        assert book.steps_reserved("r") == 12 and book.steps_reserved("r", without=first.id) == 6
+        assert book.spent("train", "s", without=first.id) == (EVENTS[1], EVENTS[2])
+    book.settle(reserved, 4, "failed")
+    assert book.events() == (EVENTS[1], Event(1.0, 0.1, 4), EVENTS[2])
+
+
+def test_what_is_settled_or_of_other_data_is_not_taken_up_again(folder: Path) -> None:
+    reserved = [ledger(folder).reserve(EVENTS[0], attempt=name) for name in "ab"]
+    assert ledger(folder).unsettled("a") == ledger(folder).entries()[0]
+    assert ledger(folder, CHANGED).unsettled("a") is None and ledger(folder).unsettled("c") is None
+    for outcome, each in zip(("released", "failed"), reserved, strict=True):
+        ledger(folder).settle(each, 6, outcome)  # type: ignore[arg-type]
+    before = lines(folder)
+    for each in reserved:
+        with pytest.raises(ValueError, match="settled already"):
+            ledger(folder).resume(each.id)
+    with pytest.raises(ValueError, match="not reserved here"):
+        ledger(folder, CHANGED).resume(reserved[0].id)
+    with pytest.raises(ValueError, match="not reserved here"):
+        ledger(folder).resume("f" * 32)
+    assert lines(folder) == before and ledger(folder).unsettled("a") is ledger(folder).unsettled("b") is None
+
+
+def test_what_no_limit_allows_any_more_or_a_clock_that_is_behind_takes_nothing_up_again(folder: Path) -> None:
+    reserved = ledger(folder).reserve(EVENTS[0])
+    spent = epsilon(EVENTS[:1], DELTA)
+    before = lines(folder)
+    with pytest.raises(OverspentError, match="the policy"):
+        ledger(folder).resume(reserved.id, limits=[Limit(spent * 0.99, DELTA, "the policy")])
+    with pytest.raises(UserError, match="this machine's clock is behind"):
+        ledger(folder, now=NOW - timedelta(hours=1)).resume(reserved.id)
+    assert lines(folder) == before
+    ledger(folder).resume(reserved.id, limits=[Limit(spent, DELTA, "the policy")])
+
+
 @pytest.mark.parametrize("nothing", [{"events": ()}, {"events": (), "steps": 0}, {"events": EVENTS[0], "steps": -1}])
 def test_nothing_is_not_reserved(folder: Path, nothing: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="nothing to reserve"):
@@ -491,6 +537,8 @@ def _settle(reserved: str, **changes: Any) -> dict[str, Any]:
         lambda first: _settle(first["id"], outcome="lost"),
         lambda first: _settle(first["id"], kind="refund"),
         lambda first: _settle(first["id"], time="2026-01-01T00:00:00"),
+        lambda first: _settle("unknown", kind="resume"),
+        lambda first: _settle(first["id"], kind="resume", time="2026-01-01T00:00:00"),
     ],
 )
 def test_a_line_that_is_whole_but_no_entry_is_damage(folder: Path, line: Callable[..., dict[str, Any]]) -> None:
@@ -509,6 +557,19 @@ def test_a_settlement_in_another_file_is_damage(folder: Path) -> None:
     ledger_file(folder / f"{DATA[:16]}.jsonl").append(_settle(reserved.id))
     with pytest.raises(UserError, match="line 2 is no entry of a ledger"):
         ledger(folder).events()
+
+
+def test_what_is_taken_up_again_in_another_file_or_after_its_settlement_is_damage(folder: Path) -> None:
+    reserved = ledger(folder, CHANGED).reserve(EVENTS[0])
+    ledger(folder, CHANGED).settle(reserved, 6, "released")
+    file = folder / f"{CHANGED[:16]}.jsonl"
+    content = file.read_bytes()
+    for place, kept in ((folder / f"{DATA[:16]}.jsonl", content.splitlines(keepends=True)[0]), (file, content)):
+        file.write_bytes(kept)
+        ledger_file(place).append({"kind": "resume", "id": reserved.id, "time": NOW.isoformat()})
+        with pytest.raises(UserError, match=r"line \d is no entry of a ledger"):
+            ledger(folder).events()
+        place.unlink()
 
 
 def test_a_crash_in_the_settlement_counts_the_whole_reservation(folder: Path) -> None:

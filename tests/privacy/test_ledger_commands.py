@@ -73,6 +73,21 @@ def test_what_was_spent_is_shown_with_the_epsilon_that_it_comes_to(
     assert "(letters)" in out and "NOT private" not in out
 
 
+def test_a_reservation_that_was_taken_up_again_says_so(fedgraft: Callable[..., Any], site: Path) -> None:
+    ledger = Ledger(site / "ledgers", DATA, dataset="letters", unit="patient")
+    before = json.loads(fedgraft("show", site, "--json")[1])["ledgers"][0]
+    reserved = ledger.resume(ledger.entries()[-1].id, split="s")
+    assert "not settled: all of it counts, taken up again │" in " ".join(fedgraft("show", site)[1].split())
+    ledger.resume(reserved.id, split="s")
+    ledger.settle(reserved, 1, "released")
+    assert "released, taken up again 2 times" in " ".join(fedgraft("show", site)[1].split())
+    (account,) = json.loads(fedgraft("show", site, "--json")[1])["ledgers"]
+    assert [entry["resumed"] for entry in account["entries"]] == [0, 0, 2]
+    assert account["epsilon"] == before["epsilon"]
+    code, out, _ = fedgraft("verify", site)
+    assert code == 0 and "8 lines, each as it was written" in out
+
+
 def test_programs_are_told_the_same(fedgraft: Callable[..., Any], site: Path) -> None:
     code, out, _ = fedgraft("show", site, "--json", "--delta", "1e-6", "--neighbours", "replace_one")
     (account,) = json.loads(out)["ledgers"]

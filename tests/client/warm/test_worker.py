@@ -313,7 +313,7 @@ def test_the_answerer_answers_as_this_process_would_and_keeps_what_is_costly(
 
 
 @pytest.mark.slow
-def test_a_killed_answerer_s_round_is_trained_again_and_both_count(
+def test_a_killed_answerer_s_round_is_trained_again_and_counts_once(
     tiny_federation: Any, tmp_path: Path, real: Answerer
 ) -> None:
     config = tiny_federation.private(**{"privacy.epsilon": 8.0, "train.local_steps": 150})
@@ -334,9 +334,10 @@ def test_a_killed_answerer_s_round_is_trained_again_and_both_count(
     answer = task.decoded("train")
     assert killed.is_set()
     assert [line["event"] for line in north.log()] == ["allowed", "worker", "allowed", "left"], answer.error
-    first, second = ledger.entries()
-    assert (first.steps, second.steps, second.outcome) == (150, 150, "released")
-    assert answer.privacy is not None and answer.privacy.steps == 300, "what the first had reserved stays counted"
+    (entry,) = ledger.entries()
+    assert (entry.steps, entry.outcome, entry.resumed) == (150, "released", 1)
+    assert answer.privacy is not None and answer.privacy.steps == 150
+    assert north.log()[-1]["resumed"] is True
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedgraft.client import answering
+from fedgraft.client import holdings
 from fedgraft.core.watching import logs
 
 SECRET = "pt-0007-xj"
@@ -73,7 +73,7 @@ def a_crash_that_quotes_a_cell(tiny_federation: Any, tmp_path: Path, monkeypatch
     def encode(*_: Any) -> Any:
         raise ValueError(f"could not convert string to float: '{SECRET}'")
 
-    monkeypatch.setattr(answering, "encode", encode)
+    monkeypatch.setattr(holdings, "encode", encode)
     return tiny_federation.table
 
 
