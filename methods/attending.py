@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,21 @@ def uncached(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return None if length is not None and not length(index) else value
 
     return [kept(value) for value in args], {key: kept(value) for key, value in kwargs.items()}
+
+
+def argument(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> Any:
+    """What ``base`` was given by the first of ``names`` that it takes, by its place or by its name; else None."""
+    taken = inspect.signature(base.forward).bind_partial(*args, **kwargs).arguments
+    taken = {**taken.pop("kwargs", {}), **taken}
+    return next((taken[name] for name in names if taken.get(name) is not None), None)
+
+
+def require_whole(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], method: str) -> None:
+    """Raise :class:`UserError` where a cache holds a part of the text, whose hidden states are gone."""
+    cache = argument(base, args, kwargs, "past_key_values")
+    index = next((m.layer_idx for m in base.modules() if isinstance(getattr(m, "layer_idx", None), int)), 0)
+    if cache is not None and cache.get_seq_length(index):
+        raise UserError(f"method {method} needs the whole text at each step: set use_cache = False to generate")
 
 
 def visible(module: nn.Module, mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:

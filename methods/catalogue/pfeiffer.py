@@ -85,7 +85,7 @@ register(
         name="pfeiffer",
         summary="one bottleneck a layer, after the feed-forward block",
         source="Pfeiffer et al. 2021, arXiv 2005.00247; 2020, arXiv 2005.00052",
-        equation="h <- LN(f + x + A(LN(f + x))), A(h) = U act(D h + b) + c; h + A(h) where layers do not normalise sums",
+        equation="h <- LN(f + x + A(LN(f + x))), A(h) = U act(D h + b) + c; else h + A(h), h = f + x",
         federates="averaged tensor by tensor; the mean is not the mean of the functions",
         privacy="exact clipping; 2 d w + d + w numbers a layer, half of houlsby",
         configure=_configure,
