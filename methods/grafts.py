@@ -226,8 +226,10 @@ class GraftModel(BaseTuner):
             target.update_layer(adapter_name, part, config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own asks for a weight of the module, which a block of several layers has none of.
-        setattr(parent, child_name, new_module)
+        # PEFT's own asks for a weight of the module, which a block of several layers has none of. A place within
+        # another is held by that one's base.
+        holder = parent.get_base_layer() if isinstance(parent, GraftLayer) else parent
+        setattr(holder, child_name, new_module)
 
 
 register_peft_method(name=NAME, config_cls=GraftConfig, model_cls=GraftModel, prefix=GraftModel.prefix)
