@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.errors import UserError
 from .anatomy import shape_of
-from .attending import argument, uncached, visible
+from .attending import uncached, visible
 from .grafts import Part, Setting
 
 

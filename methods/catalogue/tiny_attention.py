@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -15,6 +14,7 @@ from ..anatomy import hidden_width, layers_of
 from ..attending import argument, first_of, require_whole, uncached, visible, with_first
 from ..grafts import GraftConfig, Part, Setting, graft_config
 from ..registry import Method, MethodOptions, meaning_by, register
+from ..smallattention import SmallAttention
 
 
 class TinyAttentionOptions(MethodOptions):
@@ -24,30 +24,6 @@ class TinyAttentionOptions(MethodOptions):
     width: int = Field(1, ge=1, description="dimensions of a head")
 
 
-class TinyAttention(nn.Module):
-    """O [softmax(q_h k_h^T / sqrt(w)) v_h]_h with q, k, v = Q z, K z, V z; O starts at zero."""
-
-    def __init__(self, width: int, heads: int, inner: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(width, heads * inner) for _ in range(3))
-        self.output = nn.Linear(heads * inner, width)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, z: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (
-            part(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
-        )
-        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-        if seen is not None:
-            # A padding's query may see nothing: a large number instead of infinity leaves it finite.
-            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        mixed = torch.softmax(scores, dim=-1) @ v
-        out: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
 class AfterAttention(Part):
     """z + T(z), z what an attention gives before its residual connection."""
 
@@ -55,7 +31,7 @@ class AfterAttention(Part):
         super().__init__(base, setting)
         self.method = setting.config.method
         options = setting.options
-        self.attention = TinyAttention(hidden_width(setting.model), options.heads, options.width)
+        self.attention = SmallAttention(hidden_width(setting.model), options.heads, options.width)
 
     def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         require_whole(base, args, kwargs, self.method)
