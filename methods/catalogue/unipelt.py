@@ -149,7 +149,7 @@ register(
         name="unipelt",
         summary="a prefix, low-rank updates of query and value, and an adapter in each layer, each behind a gate",
         source="Mao et al. 2022, arXiv 2110.07577",
-        equation="prefix G P; W0 x + G (alpha / r) B A x; h + G A(h); each G the mean of sigmoid(w . x_i + b) over words",
+        equation="prefix G P; W0 x + G (alpha / r) B A x; h + G A(h); G the mean over words i of sigmoid(w . x_i + b)",
         federates="averaged tensor by tensor; the mean is not the mean of the functions",
         privacy="exact clipping; 2 p d + 4 r d + 2 d w and four gates of d + 1 numbers a layer",
         configure=_configure,
