@@ -78,6 +78,8 @@ class Prefix(nn.Module):
 class PrefixPart(Part):
     """Around an attention: ``method.virtual_tokens`` keys and values before those of the text."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         self.prefix = Prefix(base, setting.config.virtual_tokens)

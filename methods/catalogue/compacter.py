@@ -61,6 +61,8 @@ class KroneckerLinear(nn.Module):
 class CompactAdapter(Part):
     """h + U act(D h) on the output of a module, before its residual connection; A is one for D, U and all places."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         options, width = setting.options, hidden_width(setting.model)

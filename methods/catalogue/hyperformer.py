@@ -63,6 +63,8 @@ class HyperNetwork(nn.Module):
 class WrittenAdapter(Part):
     """h + LN(U act(D h + b) + c), everything in it, the norm's weight and bias too, written by the network."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         places = setting.config.places

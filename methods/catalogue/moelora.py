@@ -42,6 +42,8 @@ class TaskGate(nn.Module):
 class GatedExperts(Part):
     """W0 x + (alpha / r) sum_i w_i B_i A_i x, with the A_i below one another in A (r, n), the B_i side by side in B."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         rank, inputs_outputs = setting.config.rank, shape_of(base)

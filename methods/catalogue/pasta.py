@@ -25,12 +25,10 @@ class SpecialOptions(MethodOptions):
     separator: int = Field(-1, ge=-1, description="id of the token that ends a sentence; -1: the tokenizer's")
 
 
-class Special(nn.Module):
+class Special:
     """Where the special tokens of the present texts are: (B, L, 2), one number for each kind."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.at: torch.Tensor | None = None
+    at: torch.Tensor | None = None
 
 
 class SpecialVectors(Part):
@@ -38,7 +36,7 @@ class SpecialVectors(Part):
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
-        special: Any = setting.shared("special", Special)
+        special: Special = setting.remembered("special", Special)
         self.special = special
         self.vectors = nn.Parameter(torch.zeros(2, hidden_width(setting.model)))
 
@@ -60,6 +58,8 @@ class SpecialEmbeddings(SpecialVectors):
         self.ids = (setting.options.first, setting.options.separator)
 
     def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if min(self.ids) < 0:
+            raise UserError("the tokenizer names no special tokens: set method.options.first and .separator")
         ids = argument(base, args, kwargs, "input_ids")
         self.special.at = None if ids is None else torch.stack([ids == one for one in self.ids], dim=-1)
         return super().forward(base, *args, **kwargs)
@@ -74,16 +74,12 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig
         raise UserError(
             f"pasta marks the special tokens of an encoder like BERT; for {type(base.model).__name__}, choose bitfit"
         )
-    tokenizer: Any = base.processor
-    ids = {
-        "first": options.first if options.first >= 0 else tokenizer.cls_token_id,
-        "separator": options.separator if options.separator >= 0 else tokenizer.sep_token_id,
-    }
-    # RoBERTa's tokens have the same tasks under other names.
-    ids["first"] = tokenizer.bos_token_id if ids["first"] is None else ids["first"]
-    ids["separator"] = tokenizer.eos_token_id if ids["separator"] is None else ids["separator"]
-    if None in ids.values():
-        raise UserError("the tokenizer names no special tokens: set method.options.first and method.options.separator")
+    ids = {"first": options.first, "separator": options.separator}
+    # RoBERTa's tokens of these names are the ones that begin and end a text elsewhere.
+    for key, names in (("first", ("cls", "bos")), ("separator", ("sep", "eos"))):
+        told = (getattr(base.processor, f"{name}_token_id", None) for name in names)
+        if ids[key] < 0:
+            ids[key] = next((one for one in told if one is not None), -1)
     places = {embeddings: "first"} | {layer.path: "next" for layer in layers[:-1]}
     return graft_config("pasta", places, config.model_copy(update={"options": ids}), task, base)
 

@@ -46,6 +46,8 @@ class Mask(nn.Module):
 class MaskedAdapter(Part):
     """h + (m_U o U) act((m_D o D) h + b) + c: D, U, b and c are common to all layers, the masks a layer's own."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         options, width = setting.options, hidden_width(setting.model)

@@ -49,6 +49,8 @@ class SparseAdapter(Part):
     (SNIP, GraSP) would tell of those. U is scored by what is drawn for it, and starts at zero.
     """
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         options, width = setting.options, hidden_width(setting.model)

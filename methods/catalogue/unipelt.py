@@ -27,12 +27,10 @@ class UnifiedOptions(BottleneckOptions):
     width: int = Field(48, ge=1, description="dimensions of the bottleneck")
 
 
-class Words(nn.Module):
+class Words:
     """Which positions of a layer's input are words and no padding: (B, L), None for all."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.real: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
 
 class Gate(nn.Module):
@@ -55,7 +53,7 @@ class Gate(nn.Module):
 
 def _words(setting: Setting) -> Any:
     """What the parts of one layer know of its words; ``.layer.N.`` is where the layer's own path ends."""
-    return setting.shared(f"words of {_layer(setting)}", Words)
+    return setting.remembered(f"words of {_layer(setting)}", Words)
 
 
 def _layer(setting: Setting) -> str:
@@ -65,6 +63,8 @@ def _layer(setting: Setting) -> str:
 
 class WholeLayer(Part):
     """Around a layer: tells the parts within which positions are words."""
+
+    called = False
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
@@ -80,6 +80,8 @@ class WholeLayer(Part):
 class GatedPrefix(Part):
     """Keys and values G P_k, G P_v before those of the text."""
 
+    called = False
+
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
         self.words = _words(setting)
@@ -93,6 +95,8 @@ class GatedPrefix(Part):
 
 class GatedUpdate(Part):
     """W0 x + G (alpha / r) B A x."""
+
+    called = False
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
@@ -113,6 +117,8 @@ class GatedUpdate(Part):
 
 class GatedAdapter(Part):
     """LN(f + x + G A(LN(f + x))), G of the feed-forward block's input x."""
+
+    called = False
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
