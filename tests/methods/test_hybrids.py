@@ -235,3 +235,24 @@ def test_no_gradient_is_taken_through_the_layers_beside_a_ladder(lab: Any) -> No
 def test_a_ladder_refuses_two_stacks(lab: Any) -> None:
     with pytest.raises(UserError, match="has two: choose houlsby"):
         lab.attach("t5", TEXT, "ladder-side")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "task"), [("bert", TEXT), ("llama", LM)])
+def test_fused_layers_are_mixed_token_by_token(lab: Any, family: str, task: str) -> None:
+    adapter = shaken(lab, family, task, "attention-fusion")
+    path = "bert.encoder" if family == "bert" else "model"
+    place = adapter.model.get_submodule(PREFIX + path)
+    part, base = place.graft["default"], place.base_layer
+    noted: dict[str, Any] = {}
+    for index, layer in enumerate(base.layer if family == "bert" else base.layers):
+        layer.register_forward_hook(watch(noted, str(index)), with_kwargs=True)
+    place.register_forward_hook(watch(noted, "whole"), with_kwargs=True)
+    run(lab, adapter, family, task)
+    states, given = [noted["0"][2], noted["1"][2]], noted["whole"][2][0]
+    for b in range(len(LENGTHS)):
+        for i in range(given.shape[1]):
+            said = torch.stack([state[b, i] for state in states])
+            mixed = attended(part.query, said, said)
+            spread = ((mixed - mixed.mean()) ** 2).mean() + part.norm.eps
+            close(given[b, i], (mixed - mixed.mean()) / spread.sqrt() * part.norm.weight + part.norm.bias)
