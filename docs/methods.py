@@ -77,6 +77,8 @@ PUBLISHED = (
     Published("ia3", "RoBERTa-large", 1.22),
     Published("bitfit", "RoBERTa-base", 0.69),
     Published("bitfit", "RoBERTa-large", 1.32),
+    Published("propetl", "RoBERTa-base", 1.87, {"options": {"width": 64}}),
+    Published("propetl", "RoBERTa-large", 5.40, {"options": {"width": 85}}),
     Published("lora", "RoBERTa-base", 0.89, {"rank": 8}),
     Published("lora", "RoBERTa-large", 1.84, {"rank": 8}),
     Published("lora", "T5-base", 0.88, {"rank": 8}, head=False),

@@ -30,6 +30,11 @@ class Attention:
     def fused(self) -> bool:
         return self.query == self.value
 
+    @property
+    def joins(self) -> str:
+        """The module that takes (what is attended to, the block's input) and adds the input; empty where none does."""
+        return "" if self.output.startswith(f"{self.module}.") else self.output.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Layer:

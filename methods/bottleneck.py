@@ -16,7 +16,7 @@ from .registry import MethodOptions
 
 #: The nonlinearities that an adapter's options may name.
 Activation = Literal["relu", "gelu", "silu", "tanh", "linear"]
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.down = nn.Linear(width, inner)
         self.up = nn.Linear(inner, width)
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         nn.init.normal_(self.down.weight, std=spread)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)

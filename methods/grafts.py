@@ -97,11 +97,13 @@ class Setting:
 class Part(nn.Module):
     """What a method puts around one module of the base: subclass it, make parameters, and compute in :meth:`forward`.
 
-    ``frozen``: names of own parameters that belong to the adapter but never train. A fresh part must leave the base
-    model's function as it is, unless the method's paper says otherwise.
+    ``frozen``: names of own parameters that belong to the adapter but never train. ``called``: every module within that
+    has parameters is called with records, and none is read: exact clipping is faster then. A fresh part must leave the
+    base model's function as it is, unless the method's paper says otherwise.
     """
 
     frozen: frozenset[str] = frozenset()
+    called: bool = True
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__()
@@ -118,8 +120,6 @@ class Part(nn.Module):
 class GraftLayer(nn.Module, BaseTunerLayer):
     """A module of the base with the parts of adapters around it."""
 
-    #: Exact clipping may take each module of a part for itself, since all of them are called and none is read.
-    parts_run = True
     adapter_layer_names = ("graft",)
     other_param_names = ()
 
@@ -130,6 +130,11 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._before: dict[str, torch.Tensor] = {}
+
+    @property
+    def parts_run(self) -> bool:
+        """Whether exact clipping may take each module of a part for itself."""
+        return all(part.called for part in self.graft.values())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -226,8 +231,10 @@ class GraftModel(BaseTuner):
             target.update_layer(adapter_name, part, config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own asks for a weight of the module, which a block of several layers has none of.
-        setattr(parent, child_name, new_module)
+        # PEFT's own asks for a weight of the module, which a block of several layers has none of. A place within
+        # another is held by that one's base.
+        holder = parent.get_base_layer() if isinstance(parent, GraftLayer) else parent
+        setattr(holder, child_name, new_module)
 
 
 register_peft_method(name=NAME, config_cls=GraftConfig, model_cls=GraftModel, prefix=GraftModel.prefix)

@@ -12,7 +12,7 @@ from ..registry import Method, register
 from .prefix import require_text, virtual_token_meaning
 
 
-def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
+def prompt_config(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
     require_text("prompt tuning", task, base)
     if "score" in base.head:
         # Decoder-only classifiers find a text's last token by its id; a prompt replaces the ids by embeddings, and the
@@ -30,7 +30,7 @@ register(
         name="prompt",
         summary="virtual token embeddings before the text",
         source="Lester et al. 2021, arXiv 2104.08691",
-        configure=_configure,
+        configure=prompt_config,
         meaning=virtual_token_meaning,
         equation="[P; E x], p trained embeddings before the text's",
         federates="averaged position by position; the mean is not the mean of the functions",
