@@ -20,7 +20,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods, separated by commas")
     parser.add_argument("--again", default="", help="methods to run anew, separated by commas")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side; set OMP_NUM_THREADS to match")
     parser.add_argument("--until", default="", help="begin no run after this time of day, such as 17:05")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -188,24 +191,25 @@ def main() -> None:
     for name in filter(None, given.again.split(",")):
         results.pop(name, None)
     wanted = [name for name in given.only.split(",") if name] or [m.name for m in methods() if not m.refused]
-    for name in [] if given.table else wanted:
-        for mode in MODES:
-            if mode in results.get(name, {}):
-                continue
-            if given.until and time.strftime("%H:%M") >= given.until:
-                break
-            began = time.monotonic()
-            entry = apart(name, mode)
+    missing = [(name, mode) for name in wanted for mode in MODES if mode not in results.get(name, {})]
+
+    def measure(what: tuple[str, str]) -> None:
+        name, mode = what
+        if given.until and time.strftime("%H:%M") >= given.until:
+            return
+        began = time.monotonic()
+        entry = apart(name, mode)
+        with keeping:
             results.setdefault(name, {})[mode] = entry
-            told = entry.get("accuracy", entry.get("refused"))
-            print(f"{name:24}{mode:12}{told}   {time.monotonic() - began:.0f} s", flush=True)
-            kept |= {
-                "what": __doc__.splitlines()[0],
-                "settings": SMALL,
-                "rates": RATES,
-                "threads": os.environ.get("OMP_NUM_THREADS", "2"),
-            }
+            kept["what"], kept["settings"], kept["rates"] = __doc__.splitlines()[0], SMALL, RATES
+            kept["conditions"] = f"{given.workers} at a time, {os.environ.get('OMP_NUM_THREADS', '2')} threads each"
             RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        told = entry.get("accuracy", entry.get("refused"))
+        print(f"{name:24}{mode:12}{told}   {time.monotonic() - began:.0f} s", flush=True)
+
+    keeping = threading.Lock()
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(measure, [] if given.table else missing))
     table(results)
     draw(results)
 
