@@ -20,11 +20,20 @@ from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError, one_line
 from ..core.tasks import Task
+from .grafts import GraftConfig
 from .offset import BaseOffset, fold_into_folder
 from .registry import Method, create_method
 from .steps import Steps
 
 _ADAPTER = "default"
+#: What stands in the folder of a method that PEFT knows through fedgraft alone.
+_OWN_README = """An adapter by the method `{method}` of fedgraft. PEFT loads it where fedgraft is installed:
+
+    import fedgraft.methods
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, "this folder")
+"""
 # Fields of a PEFT configuration that do not change what given tensors compute. Which modules carry an adapter does, but
 # the names of the tensors tell that.
 _HARMLESS = frozenset(
@@ -33,7 +42,7 @@ _HARMLESS = frozenset(
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("lora_dropout", "fan_in_fan_out", "megatron_core", "runtime_config", "eva_config", "qalora_group_size"),
         *("ensure_weight_tying", "init_ia3_weights", "init_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
-        *("tokenizer_name_or_path", "tokenizer_kwargs"),
+        *("tokenizer_name_or_path", "tokenizer_kwargs", "mask"),
     }
 )
 
@@ -118,6 +127,8 @@ class AttachedAdapter:
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if any(tensor.role == "offset" for tensor in state.spec.extras):
             fold_into_folder(Path(folder), state)
+        if isinstance(self.model.peft_config[_ADAPTER], GraftConfig):
+            (Path(folder) / "README.md").write_text(_OWN_README.format(method=self.spec.method), encoding="utf-8")
         return Path(folder)
 
     def merge(self) -> torch.nn.Module:

@@ -42,7 +42,10 @@ PEFT_TYPE = PeftType[NAME.upper()] if NAME.upper() in PeftType.__members__ else 
 
 @dataclass
 class GraftConfig(PeftConfig):
-    """A method of fedgraft's as PEFT keeps it: ``places`` maps module paths to what their part is called."""
+    """A method of fedgraft's as PEFT keeps it: ``places`` maps module paths to what their part is called.
+
+    ``sizes``: how many numbers a part has, by module path, where nothing else in the configuration says it.
+    """
 
     method: str = ""
     places: dict[str, str] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class GraftConfig(PeftConfig):
     dropout: float = 0.0
     virtual_tokens: int = 20
     mask: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -241,7 +245,12 @@ register_peft_method(name=NAME, config_cls=GraftConfig, model_cls=GraftModel, pr
 
 
 def graft_config(
-    method: str, places: Mapping[str, str], config: MethodConfig, task: Task, base: BaseModel
+    method: str,
+    places: Mapping[str, str],
+    config: MethodConfig,
+    task: Task,
+    base: BaseModel,
+    sizes: Mapping[str, int] | None = None,
 ) -> GraftConfig:
     """The PEFT configuration of ``method`` at ``places`` of a base model. Raises :class:`UserError` for no place."""
     if not places:
@@ -257,5 +266,6 @@ def graft_config(
         dropout=config.dropout,
         virtual_tokens=config.virtual_tokens,
         mask=config.mask,
+        sizes=dict(sizes or {}),
         options=options.model_dump(mode="json"),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,8 +50,11 @@ class SparseChange(Part):
         self.values = nn.Parameter(torch.zeros(len(places)))
 
     def _chosen(self, base: nn.Module, setting: Setting) -> torch.Tensor:
-        options, mask = setting.options, setting.config.mask
-        if mask:
+        options, mask, size = setting.options, setting.config.mask, setting.config.sizes.get(setting.path)
+        if size is not None:
+            # A saved adapter brings its places along, and is loaded where there is no such file.
+            if not Path(mask).is_file():
+                return torch.zeros(size, 2, dtype=torch.int32)
             return setting.remembered("mask", lambda: load_mask(mask))[setting.path]
         size = self.inputs * self.outputs
         if options.choice == "random":
@@ -91,7 +95,8 @@ def _masked(name: str, config: MethodConfig, task: Task, base: BaseModel) -> Gra
     odd = sorted(set(mask) - set(modules))
     if odd:
         raise UserError(f"{config.mask}: the model has no layer {odd[0]}; choose a mask of the same base model")
-    return graft_config(name, dict.fromkeys(mask, "change"), config, task, base)
+    sizes = {path: len(places) for path, places in mask.items()}
+    return graft_config(name, dict.fromkeys(mask, "change"), config, task, base, sizes)
 
 
 _COMMON: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
 
 from fedgraft.core.errors import UserError
 from fedgraft.methods.importance import RULES, load_mask, mask_of, most, save_mask
@@ -107,3 +108,19 @@ def test_no_mask_and_no_file_are_one_line_each(tmp_path: Path) -> None:
         laboratory().attach(*BERT, "sam")
     with pytest.raises(UserError, match="no mask file"):
         load_mask(str(tmp_path / "none"))
+
+
+def test_a_saved_adapter_needs_its_mask_file_no_more(tmp_path: Path) -> None:
+    lab = laboratory()
+    mask = Path(mask_file(tmp_path, "fish", BERT))
+    adapter = lab.attach(*BERT, "fish", mask=str(mask))
+    state = lab.shaken(adapter)
+    folder = adapter.save_peft(tmp_path / "adapter", state)
+    mask.unlink()
+    batch = lab.batch(*BERT, lab.records(*BERT, (3, 5)))
+    with torch.no_grad():
+        adapter.write(state)
+        want = lab.losses(adapter.model, batch)
+        plain = PeftModel.from_pretrained(lab.base(*BERT).model, str(folder)).eval()
+        assert float((lab.losses(plain, batch) - want).abs().max()) <= 1e-6
+    assert "import fedgraft.methods" in (folder / "README.md").read_text()
