@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.adapter import AdapterSpec
 from ..core.basemodel import BaseModel
 from ..core.config import MethodConfig
 from ..core.errors import UserError
 from ..core.tasks import Task
+from .attach import AttachedAdapter
 from .registry import attention_targets, create_method
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -51,3 +58,33 @@ def on_layers(
         modules_to_save=list(base.head) or None,
         **settings,
     )
+
+
+def computed_bases(bases: Callable[[nn.Module], Iterable[torch.Tensor]]) -> Callable[..., AttachedAdapter]:
+    """``Method.attached`` where the tuner computes what is frozen from the base weights, at each site anew.
+
+    ``bases`` gives those vectors, as rows, or numbers of outputs. Singular vectors have no sign of their own, and
+    another machine may find others, to which the exchanged tensors would not belong: so the description of the
+    adapter has their signs and places in it, and a site with other ones is turned away.
+    """
+
+    def attached(model: PeftModel, spec: AdapterSpec, *rest: Any) -> AttachedAdapter:
+        total = hashlib.sha256()
+        for rows in bases(model):
+            total.update(json.dumps(_marks(rows)).encode())
+        return AttachedAdapter(model, replace(spec, options={**spec.options, "bases": total.hexdigest()[:16]}), *rest)
+
+    return attached
+
+
+def _marks(rows: torch.Tensor) -> list[Any]:
+    """Where each row is largest, and with which sign; whole numbers as they are."""
+    if not rows.is_floating_point():
+        return [rows.tolist()]
+    at = rows.abs().argmax(dim=1, keepdim=True)
+    return [at[:, 0].tolist(), torch.sign(rows.gather(1, at))[:, 0].tolist()]
+
+
+def layers_in(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    """The modules of ``kind``, in order."""
+    return [module for module in model.modules() if isinstance(module, kind)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from peft import FrodConfig
+from peft.tuners.frod import FrodLayer
 from pydantic import Field
 
 from ..registry import Method, MethodOptions, meaning_by, register
-from ..wrapping import ON_LAYERS, on_layers
+from ..wrapping import ON_LAYERS, computed_bases, layers_in, on_layers
 
 
 class FrodOptions(MethodOptions):
@@ -23,10 +24,11 @@ register(
             FrodConfig, config, task, base, conv1d=True, frod_dropout=config.dropout, progressbar=False
         ),
         meaning=meaning_by((".frod_lambda_", "core", "linear")),
+        attached=computed_bases(lambda model: (layer.frod_V["default"].T for layer in layers_in(model, FrodLayer))),
         Options=FrodOptions,
         accepts=ON_LAYERS | {"dropout"},
         equation="W = U (diag(l) + S) V^T, V from the joint decomposition of all weights of a kind",
-        federates="averages exactly",
+        federates="averages exactly; each site computes the frozen bases, and must find the same",
         privacy="exact clipping, example by example (slow); n + sparse_rate n^2 numbers a layer",
         kind="other reparameterised",
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from peft import TinyLoraConfig
+from peft.tuners.tinylora import TinyLoraLayer
 from pydantic import Field
 
 from ..registry import Method, MethodOptions, meaning_by, register
-from ..wrapping import ON_LAYERS, on_layers
+from ..wrapping import ON_LAYERS, computed_bases, layers_in, on_layers
 
 
 class TinyLoraOptions(MethodOptions):
@@ -24,12 +25,15 @@ register(
             TinyLoraConfig, config, task, base, conv1d=True, r=config.rank, tinylora_dropout=config.dropout
         ),
         meaning=meaning_by(("tinylora_v.", "core", "linear")),
+        attached=computed_bases(
+            lambda model: (layer.tinylora_A["default"] for layer in layers_in(model, TinyLoraLayer))
+        ),
         Options=TinyLoraOptions,
         uses_rank=True,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + U S (sum_i v_i P_i) V^T, SVD_r of W0 and random P_i (r, r) frozen",
-        federates="averages exactly",
+        federates="averages exactly; each site computes the frozen directions, and must find the same",
         privacy="exact clipping; u numbers a layer, or u in all",
         contract={"settings": {"rank": 2, "options": {"u": 8}}},
     )
