@@ -34,11 +34,12 @@ def on_layers(
     base: BaseModel,
     *,
     conv1d: bool = False,
+    options: bool = True,
     **fields: object,
 ) -> Config:
     """A configuration of ``kind`` for the attention of ``base``, or for ``method.target_modules``.
 
-    ``fields`` are set as they are, and so is each of the method's options, which bear PEFT's names. Raises
+    ``fields`` are set as they are, and with ``options`` each of the method's options, which bear PEFT's names. Raises
     :class:`UserError` for a module that the tuner does not take: GPT-2 has ``Conv1D``, which few do.
     """
     method = create_method(config.name)
@@ -51,12 +52,13 @@ def on_layers(
                 raise UserError(f"method {config.name} fits linear layers; leave {path} out of method.target_modules")
     if "layers" in method.accepts:
         fields["layers_to_transform"] = list(config.layers) or None
-    settings = method.options_of(config).model_dump() | fields
+    if options:
+        fields = method.options_of(config).model_dump() | fields
     return kind(
         task_type=task.peft_type or None,
         target_modules=targets,  # type: ignore[call-arg]
         modules_to_save=list(base.head) or None,
-        **settings,
+        **fields,
     )
 
 
