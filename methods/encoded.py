@@ -24,7 +24,9 @@ class EncodedPrompt(AttachedAdapter):
         """Read what :meth:`save_peft` wrote. Raises :class:`UserError` for a folder that has the prompt alone."""
         file = Path(folder) / FILE
         if not file.is_file():
-            raise UserError(f"{folder}: has no {FILE}, so only the finished prompt; choose method prompt to train it on")
+            raise UserError(
+                f"{folder}: has no {FILE}, so only the finished prompt; choose method prompt to train it on"
+            )
         state = AdapterState.load(file).require_finite()
         if state.spec.bare.digest != self.spec.bare.digest:
             odd = sorted(set(state.spec.bare.names) ^ set(self.spec.bare.names))

@@ -35,7 +35,7 @@ def on_layers(
     *,
     conv1d: bool = False,
     options: bool = True,
-    **fields: object,
+    **fields: Any,
 ) -> Config:
     """A configuration of ``kind`` for the attention of ``base``, or for ``method.target_modules``.
 
@@ -87,6 +87,6 @@ def _marks(rows: torch.Tensor) -> list[Any]:
     return [at[:, 0].tolist(), torch.sign(rows.gather(1, at))[:, 0].tolist()]
 
 
-def layers_in(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
+def layers_in(model: nn.Module, kind: type[Any]) -> list[Any]:
     """The modules of ``kind``, in order."""
     return [module for module in model.modules() if isinstance(module, kind)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import AdamssConfig, PeftModel
@@ -34,9 +35,10 @@ class AnyPrecision(Linear):
     """PEFT's layer, which keeps to the precision that it was made in."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        weight: torch.Tensor = self.get_base_layer().weight
-        return weight.dtype
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        weight: Any = self.get_base_layer().weight
+        found: torch.dtype = weight.dtype
+        return found
 
 
 def _build(model: PeftModel, config: MethodConfig) -> None:
@@ -64,7 +66,7 @@ register(
         accepts=ON_LAYERS,
         options={"common_rank": True},
         equation="W = W0 + sum_k P_k B_k A_k V^T, V the r principal directions, P_k the rows of cluster k",
-        federates="averaged factor by factor, which is not the mean of the products; each site computes V and the clusters",
+        federates="averaged factor by factor, not the mean of the products; each site finds V and the clusters",
         privacy="exact clipping; k s r + s m numbers a layer at rank s of a cluster",
         contract={"unfit": {"gpt2": "choose lora"}, "settings": {"rank": 8}},
     )

@@ -15,7 +15,9 @@ from ..wrapping import on_layers
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> BeftConfig:
     if not config.target_modules:
         # The values' projections, by their full paths' ends.
-        values = {attention.value.rpartition(".")[2] for layer in layers_of(base.model) for attention in layer.attentions}
+        values = {
+            attention.value.rpartition(".")[2] for layer in layers_of(base.model) for attention in layer.attentions
+        }
         config = config.model_copy(update={"target_modules": tuple(sorted(values))})
     return on_layers(BeftConfig, config, task, base)
 

@@ -11,7 +11,6 @@ from peft.tuners.c3a import C3ALinear
 from pydantic import Field
 
 from ...core.config import MethodConfig
-
 from ..registry import Method, MethodOptions, meaning_by, register
 from ..wrapping import ON_LAYERS, on_layers
 

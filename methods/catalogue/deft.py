@@ -32,14 +32,17 @@ class AnyPrecision(DeftLinear):
         return P, torch.relu(P)
 
     def _merge_factor(self, adapter_name: str) -> torch.Tensor:
+        base: Any = self.get_base_layer()
         _, right = self._project(self.deft_P[adapter_name], adapter_name)
-        return right.T @ transpose(self.get_base_layer().weight, self.fan_in_fan_out).to(right)
+        found: torch.Tensor = right.T @ transpose(base.weight, self.fan_in_fan_out).to(right)
+        return found
 
     def _delta_from_factor(self, adapter_name: str, factor: torch.Tensor) -> torch.Tensor:
         left, _ = self._project(self.deft_P[adapter_name], adapter_name)
         filled = 0.0 if self.deft_para[adapter_name] else self.deft_R[adapter_name]
-        change = left @ (filled - factor.to(left))
-        return transpose(change, self.fan_in_fan_out).to(self.get_base_layer().weight.dtype)
+        base: Any = self.get_base_layer()
+        change: torch.Tensor = transpose(left @ (filled - factor.to(left)), self.fan_in_fan_out)
+        return change.to(base.weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = [name for name in self.active_adapters if name in self.deft_P]
@@ -47,8 +50,8 @@ class AnyPrecision(DeftLinear):
             return super().forward(x, *args, **kwargs)
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         left, right = self._project(self.deft_P[active[0]], active[0])
-        bias = self.get_base_layer().bias
-        inner = -((y if bias is None else y - bias) @ right)
+        base: Any = self.get_base_layer()
+        inner = -((y if base.bias is None else y - base.bias) @ right)
         if not self.deft_para[active[0]]:
             inner = inner + F.linear(self.deft_dropout[active[0]](x), self.deft_R[active[0]])
         return y + F.linear(inner, left)
@@ -84,7 +87,15 @@ register(
         summary="a subspace of a weight's outputs, projected out",
         source="Chen et al. 2024, arXiv 2406.05641",
         configure=lambda config, task, base: on_layers(
-            DeftConfig, config, task, base, conv1d=True, options=False, r=config.rank, para=True, decomposition_method="qr"
+            DeftConfig,
+            config,
+            task,
+            base,
+            conv1d=True,
+            options=False,
+            r=config.rank,
+            para=True,
+            decomposition_method="qr",
         ),
         build=_build,
         meaning=meaning_by((".deft_P.", "factor", "nonlinear")),

@@ -38,7 +38,7 @@ register(
         summary="gated prompts in the attention of the topmost layers",
         source="Zhang et al. 2023, arXiv 2303.16199",
         configure=_configure,
-        meaning=meaning_by((".adaption_prompt", "prompt", "nonlinear"), (".adaption_gate", "gate", "nonlinear")),
+        meaning=meaning_by((".adaption_", "prompt", "nonlinear")),
         Options=LlamaAdapterOptions,
         dp="refused: its attention passes no single examples",
         equation="y = attention(x) + g softmax(q K(P)) V(P), g a trained gate that starts at zero",
@@ -47,11 +47,12 @@ register(
         kind="prompt",
         merges=False,
         contract={
+            "lr": 1e-1,
             "unfit": {
                 **dict.fromkeys(("bert", "roberta", "t5", "vit"), "choose prefix"),
                 "gpt2/sequence-classification": "choose prefix",
                 "llama/sequence-classification": "choose prefix",
-            }
+            },
         },
     )
 )

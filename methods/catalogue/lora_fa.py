@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..registry import Method, meaning_by, register
 from ..wrapping import layers_in
-from .lora import LORA_ACCEPTS, _set_basis, lora_config
+from .lora import LORA_ACCEPTS, lora_config, set_basis
 
 
 def _freeze(model: PeftModel) -> None:
@@ -21,7 +21,7 @@ register(
         summary="LoRA with A frozen as it was drawn: B alone trains",
         source="Zhang et al. 2023, arXiv 2308.03303",
         configure=lora_config,
-        build=_set_basis,
+        build=set_basis,
         prepare=_freeze,
         frozen=lambda name: ".lora_A." in name,
         meaning=meaning_by((".lora_A.", "lora_A", "nonlinear"), (".lora_B.", "lora_B", "linear")),

@@ -16,11 +16,15 @@ _FEDERATES = "averaged factor by factor, which is not the mean of the products"
 
 class LoKrOptions(MethodOptions):
     decompose_both: bool = Field(False, description="the small factor is a product of two, too")
-    decompose_factor: int = Field(-1, ge=-1, description="rows and columns of the small factor; -1: as square as can be")
+    decompose_factor: int = Field(
+        -1, ge=-1, description="rows and columns of the small factor; -1: as square as can be"
+    )
 
 
 class KronAOptions(MethodOptions):
-    decompose_factor: int = Field(-1, ge=-1, description="rows and columns of the small factor; -1: as square as can be")
+    decompose_factor: int = Field(
+        -1, ge=-1, description="rows and columns of the small factor; -1: as square as can be"
+    )
 
 
 def _krona_config(config: MethodConfig, task: Task, base: BaseModel) -> LoKrConfig:
@@ -72,7 +76,7 @@ register(
         summary="dW = alpha A kron B, both factors whole",
         source="Edalati et al. 2022, arXiv 2212.10650",
         configure=_krona_config,
-            meaning=meaning_by((".lokr_", "factor", "product")),
+        meaning=meaning_by((".lokr_", "factor", "product")),
         Options=KronAOptions,
         accepts=ON_LAYERS,
         equation="W = W0 + s A kron B, A (f, g) and B (m / f, n / g); s is method.alpha",

@@ -28,7 +28,7 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> PromptEncod
     return PromptEncoderConfig(
         task_type=task.peft_type,
         num_virtual_tokens=config.virtual_tokens,
-        encoder_reparameterization_type=options.encoder,  # type: ignore[arg-type]
+        encoder_reparameterization_type=options.encoder,
         encoder_hidden_size=options.encoder_hidden_size or hidden_width(base.model),
         modules_to_save=list(base.head) or None,
     )

@@ -126,7 +126,7 @@ def _plain(model: PeftModel) -> Iterator[None]:
                     factor.take(linear.weight)
 
 
-def _method(name: str, start: Any, **words: str) -> Method:
+def _method(name: str, start: Any, **words: Any) -> Method:
     return Method(
         name=name,
         configure=lora_config,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel
 from pydantic import Field
@@ -25,7 +27,8 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> LoraConfig:
         raise UserError(f"method trainable-tokens does not fit {type(base.model).__name__}: choose lora")
     if not tokens:
         raise UserError("method trainable-tokens: name them in method.options.token_indices, by their ids")
-    table = base.model.get_input_embeddings()
+    model: Any = base.model
+    table = model.get_input_embeddings()
     count = table.num_embeddings if isinstance(table, nn.Embedding) else 0
     for token in tokens:
         if not 0 <= token < count:

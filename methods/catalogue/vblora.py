@@ -29,7 +29,7 @@ register(
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + B A, each length-b piece of A and B a softmax over its top k of h vectors",
-        federates="averaged tensor by tensor; sites may choose other vectors, so it is far from the mean of the effects",
+        federates="averaged tensor by tensor; sites that choose other vectors are far from the mean",
         privacy="exact clipping; h b numbers, and h r (m + n) / b a layer",
         contract={"settings": {"rank": 2, "options": {"num_vectors": 16, "vector_length": 8}}},
     )

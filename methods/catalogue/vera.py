@@ -55,7 +55,7 @@ register(
 register(
     Method(
         name="pvera",
-        summary="VeRA whose inner activations are drawn while it trains, from a normal law with trained mean and variance",
+        summary="VeRA whose inner activations are drawn while it trains, with trained mean and variance",
         source="Fillioux et al. 2025, arXiv 2512.07703",
         configure=lambda config, task, base: on_layers(
             PveraConfig, config, task, base, conv1d=True, r=config.rank, pvera_dropout=config.dropout
