@@ -508,7 +508,7 @@ class training_mode:
                     module.eval()
         if self.switches:
             for name, module in model.named_modules():
-                if ".lora_dropout" in name or (".graft." in name and isinstance(module, nn.Dropout)):
+                if name.endswith("_dropout.default") or (".graft." in name and isinstance(module, nn.Dropout)):
                     module.train()
                 if settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
                     module.training = True

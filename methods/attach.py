@@ -139,6 +139,9 @@ class AttachedAdapter:
         try:
             with self._plain(self.model):
                 tuner: Any = self.model
+                # Some of PEFT's tuners ask each module that they put back for a weight, which a head of several layers
+                # has none of.
+                tuner.base_model._replace_module = lambda parent, name, module, _: setattr(parent, name, module)
                 merged: torch.nn.Module = tuner.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             raise UserError(f"method {self.spec.method} cannot be merged: {one_line(error)[:200]}") from None

@@ -33,7 +33,7 @@ def lora_config(config: MethodConfig, task: Task, base: BaseModel, **options: ob
 LORA_ACCEPTS = frozenset({"target_modules", "layers", "dropout"})
 
 
-def _set_basis(model: PeftModel, config: MethodConfig) -> None:
+def set_basis(model: PeftModel, config: MethodConfig) -> None:
     """Rows of A from ``method.init``, as long (root mean square) as those that were drawn; W0 and B stay as they are.
 
     With ``svd`` they are the right singular vectors of W0 with the largest singular values.
@@ -66,7 +66,7 @@ register(
         configure=lora_config,
         meaning=lora_meaning,
         uses_rank=True,
-        build=_set_basis,
+        build=set_basis,
         accepts=LORA_ACCEPTS | {"init"},
         equation="W = W0 + (alpha / r) B A, B (m, r) and A (r, n)",
         federates=(
@@ -83,7 +83,7 @@ register(
         configure=lambda config, task, base: lora_config(config, task, base, use_rslora=True),
         meaning=lora_meaning,
         uses_rank=True,
-        build=_set_basis,
+        build=set_basis,
         accepts=LORA_ACCEPTS | {"init"},
         options={"scaling": "sqrt"},
         equation="W = W0 + (alpha / sqrt(r)) B A",

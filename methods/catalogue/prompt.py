@@ -12,12 +12,17 @@ from ..registry import Method, register
 from .prefix import require_text, virtual_token_meaning
 
 
-def prompt_config(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
-    require_text("prompt tuning", task, base)
+def require_prompt(method: str, task: Task, base: BaseModel) -> None:
+    """Raise :class:`UserError` unless virtual tokens can stand before the embeddings of a text in this model."""
+    require_text(method, task, base)
     if "score" in base.head:
         # Decoder-only classifiers find a text's last token by its id; a prompt replaces the ids by embeddings, and the
         # model then reads the padding: the answer for one text would hang on the length of the others in its batch.
-        raise UserError(f"prompt tuning does not fit {type(base.model).__name__}: choose prefix or lora")
+        raise UserError(f"{method} does not fit {type(base.model).__name__}: choose prefix or lora")
+
+
+def prompt_config(config: MethodConfig, task: Task, base: BaseModel) -> PromptTuningConfig:
+    require_prompt("prompt tuning", task, base)
     return PromptTuningConfig(
         task_type=task.peft_type,
         num_virtual_tokens=config.virtual_tokens,

@@ -310,6 +310,14 @@ def test_dropout_is_off_unless_asked_for(site: Site, tmp_path: Path) -> None:
     assert len(digests) == 3
 
 
+@pytest.mark.parametrize("name", ["vera", "miss"])
+def test_the_dropout_of_every_tuner_is_switched_on(site: Site, name: str) -> None:
+    plain, dropped = (site.config(**{"method.name": name, "method.dropout": rate}) for rate in (0.0, 0.3))
+    start = site.start(plain)
+    moved = AdapterState(fresh(dropped).spec, dict(start))
+    assert site.train(plain, start=start).state.digest != site.train(dropped, start=moved).state.digest
+
+
 def test_frozen_normalisation_over_the_batch_never_moves(tmp_path: Path) -> None:
     """Batch statistics in a running mean would leave the site without noise."""
     from PIL import Image

@@ -8,22 +8,24 @@ from typing import Any
 import pytest
 
 from fedgraft.core.errors import UserError
-from fedgraft.methods import Method, methods
+from fedgraft.methods import Method, create_method, methods
 from fedgraft.simulations.contract.suite import contract_of
 
 #: Methods that need more than a model to attach to; their own tests hold them to the contract.
 APART = {"adapterfusion", "attempt", "full", "spot", "fish", "child-tuning-d", "sam", "lt-sft"}
 
 
-class OnTwoFamilies:
-    """Each method on two families, and on all in the slow tests."""
+class OnFewFamilies:
+    """Each method on one family, those of our own layers on two, and on all in the slow tests."""
 
     def pytest_generate_tests(self: Any, metafunc: pytest.Metafunc) -> None:
         if "case" not in metafunc.fixturenames:
             return
         cases = self.fitting()
         start = zlib.crc32(self.method.encode())
-        quick = {cases[0], cases[1 + start % (len(cases) - 1)]} if len(cases) > 1 else set(cases)
+        quick = (
+            {cases[0], cases[start % len(cases)]} if create_method(self.method).parts else {cases[start % len(cases)]}
+        )
         parameters = [
             pytest.param(case, id="-".join(case), marks=[] if case in quick else [pytest.mark.slow]) for case in cases
         ]
@@ -31,7 +33,7 @@ class OnTwoFamilies:
 
 
 globals().update(
-    {f"Test[{m.name}]": contract_of(m, OnTwoFamilies) for m in methods() if not m.refused and m.name not in APART}
+    {f"Test[{m.name}]": contract_of(m, OnFewFamilies) for m in methods() if not m.refused and m.name not in APART}
 )
 
 

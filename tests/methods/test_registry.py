@@ -20,7 +20,7 @@ def test_all_methods_are_registered_and_described() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("lroa", "lora"), ("LoRA", "lora"), ("rs-lora", "rslora"), ("bit-fit", "bitfit"), ("ia-3", "ia3")],
+    [("loar", "lora"), ("LoRA", "lora"), ("rs-lora", "rslora"), ("bit-fit", "bitfit"), ("ia-3", "ia3")],
 )
 def test_an_unknown_method_suggests_the_nearest(name: str, meant: str) -> None:
     with pytest.raises(UserError) as refusal:
