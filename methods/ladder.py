@@ -24,7 +24,7 @@ def stack_of(model: nn.Module, method: str, mend: str) -> str:
 def layers_in(base: nn.Module) -> list[nn.Module]:
     """The layers that the module at :func:`stack_of` runs."""
     lists = [child for child in base.children() if isinstance(child, nn.ModuleList)]
-    return list(max(lists, key=len))
+    return max(map(list, lists), key=len)
 
 
 def run_frozen(

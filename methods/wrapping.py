@@ -81,6 +81,8 @@ def computed_bases(bases: Callable[[nn.Module], Iterable[torch.Tensor]]) -> Call
 
 def _marks(rows: torch.Tensor) -> list[Any]:
     """Where each row is largest, and with which sign; whole numbers as they are."""
+    if rows.is_meta:
+        return []  # a model without weights, to count on
     if not rows.is_floating_point():
         return [rows.tolist()]
     at = rows.abs().argmax(dim=1, keepdim=True)

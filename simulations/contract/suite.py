@@ -341,8 +341,10 @@ class MethodContract:
         """A function that gives what each adapted module computes, under a state, of what it was first given."""
         lab, modules = laboratory(), dict(adapter.model.named_modules())
         # A layer that is run again would append its keys and values to the cache.
-        base: Any = adapter.model.get_base_model()
-        base.config.use_cache = False
+        for module in adapter.model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
         owners = {path: modules[path] for path in dict.fromkeys(_owner(name, modules) for name in names)}
         given: dict[str, tuple[Any, Any]] = {}
         hooks = [
