@@ -16,6 +16,7 @@ from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 from ...deployment.processes import leave_with_parent
+from .leaving import LastWords
 
 #: The least that a SuperNode waits between two looks for a message, or for the worker's answer.
 SOON = 0.2
@@ -71,6 +72,7 @@ def main() -> None:
     # As Ctrl-C, so that the server hears of it.
     leave_with_parent(lambda: os.kill(os.getpid(), signal.SIGINT))
     fleet_http_connection.make_simple_http_retry_invoker = patient
+    fleet_http_connection.FleetHttpClient = LastWords  # type: ignore[misc]
     start_client_internal.time = Waiting()  # type: ignore[assignment]
     flower_supernode()
 
