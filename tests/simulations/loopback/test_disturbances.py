@@ -294,7 +294,7 @@ def test_a_straggler_beyond_the_deadline_is_named_and_the_others_go_on(field: Ca
 def test_a_result_that_comes_late_counts_in_the_next_round_where_that_is_the_policy(
     field: Callable[..., Field], job: Job
 ) -> None:
-    changes = {"server.quorum": 2, "server.round_timeout": 25.0, "server.late": "staleness", "rounds": 3}
+    changes = {"server.quorum": 2, "server.round_timeout": 45.0, "server.late": "staleness", "rounds": 3}
     found = field(**_slow(job, "east", **changes))
     with _at_work(found) as finish:
         found.until_training("east")
