@@ -46,6 +46,11 @@ def test_every_method_is_on_the_page() -> None:
     assert missing == [], "run `python docs/methods.py`"
 
 
+def test_the_readme_counts_the_methods_that_train() -> None:
+    count = sum(not method.refused for method in methods())
+    assert f"[{count} PEFT methods]" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_page_is_what_the_catalogue_says() -> None:
     assert (DOCS / "methods.md").read_text(encoding="utf-8") == PAGE.page(), "run `python docs/methods.py`"
