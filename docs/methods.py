@@ -27,7 +27,8 @@ receiver needs, averaging does what is said here, folders come back (also by PEF
 and its clipped sum is that of single records (`pytest tests/methods/test_contract.py`). To add one, see
 [Writing a method](writing-a-method.md). This page is written by `python docs/methods.py`.
 
-Trains: numbers beside the task's head on RoBERTa-base, with the defaults. A family with * fits in some tasks only.
+Trains: numbers beside the task's head on RoBERTa-base, with the defaults; -: needs a file, an option, the weights
+themselves or another kind of model. A family with * fits in some tasks only.
 
 {catalogue}
 
@@ -95,6 +96,8 @@ PUBLISHED = (
     Published("propetl", "RoBERTa-large", 5.40, {"options": {"width": 85}}),
     Published("lora", "RoBERTa-base", 0.89, {"rank": 8}),
     Published("lora", "RoBERTa-large", 1.84, {"rank": 8}),
+    Published("adalora", "RoBERTa-base", 1.03, {"rank": 8}),
+    Published("adalora", "RoBERTa-large", 2.23, {"rank": 8}),
     Published("lora", "T5-base", 0.88, {"rank": 8}, head=False),
     Published(
         "ia3",
@@ -138,7 +141,7 @@ def _trained(method: Method, on: Skeleton) -> str:
     if method.refused:
         return ""
     found = count(method, on)
-    return "needs a file" if found.refused else f"{found.adapter:,}"
+    return "-" if found.refused else f"{found.adapter:,}"
 
 
 def _table(head: str, rows: Iterable[Sequence[object]]) -> str:

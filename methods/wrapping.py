@@ -35,14 +35,21 @@ def on_layers(
     *,
     conv1d: bool = False,
     options: bool = True,
+    weights: bool = False,
     **fields: Any,
 ) -> Config:
     """A configuration of ``kind`` for the attention of ``base``, or for ``method.target_modules``.
+
+    ``weights``: whether the tuner's tensors hang on the values of the base weights, and not on their shapes alone.
 
     ``fields`` are set as they are, and with ``options`` each of the method's options, which bear PEFT's names. Raises
     :class:`UserError` for a module that the tuner does not take: GPT-2 has ``Conv1D``, which few do.
     """
     method = create_method(config.name)
+    if weights and next(base.model.parameters()).is_meta:
+        raise UserError(
+            f"method {config.name} begins with the base weights, which a model that is counted has not: choose lora"
+        )
     targets = attention_targets(base.model, config)
     for path, module in base.model.named_modules():
         if any(f".{path}".endswith(f".{target}") for target in targets):

@@ -28,7 +28,7 @@ class AdamssOptions(MethodOptions):
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> AdamssConfig:
     if find_spec("sklearn") is None:
         raise UserError("method adamss clusters with scikit-learn: pip install 'fedgraft[merge]', or choose lora")
-    return on_layers(AdamssConfig, config, task, base, r=config.rank)
+    return on_layers(AdamssConfig, config, task, base, weights=True, r=config.rank)
 
 
 class AnyPrecision(Linear):

@@ -21,7 +21,7 @@ register(
         summary="W = U (diag(l) + S) V^T: a diagonal and a few other entries train in a common basis",
         source="Wang et al. 2026, AAAI, doi 10.1609/aaai.v40i31.39813",
         configure=lambda config, task, base: on_layers(
-            FrodConfig, config, task, base, conv1d=True, frod_dropout=config.dropout, progressbar=False
+            FrodConfig, config, task, base, conv1d=True, weights=True, frod_dropout=config.dropout, progressbar=False
         ),
         meaning=meaning_by((".frod_lambda_", "core", "linear")),
         attached=computed_bases(lambda model: (layer.frod_V["default"].T for layer in layers_in(model, FrodLayer))),

@@ -46,7 +46,7 @@ def set_basis(model: PeftModel, config: MethodConfig) -> None:
                 a: Any = factor.weight
                 _, rows = bases_of(layer, name.removeprefix("base_model.model."), len(a), config.init)
                 with torch.no_grad():
-                    a.copy_(rows * a.double().square().sum(1).mean().sqrt())
+                    a.copy_(rows.to(a.device) * a.double().square().sum(1).mean().sqrt())
 
 
 def lora_meaning(name: str) -> tuple[str, Averaging]:

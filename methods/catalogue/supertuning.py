@@ -41,7 +41,7 @@ register(
         name="shira",
         summary="as many entries of each weight as LoRA of the rank has numbers, drawn by lot",
         source="Bhardwaj et al. 2024, arXiv 2406.13175",
-        configure=lambda config, task, base: on_layers(ShiraConfig, config, task, base, r=config.rank),
+        configure=lambda config, task, base: on_layers(ShiraConfig, config, task, base, weights=True, r=config.rank),
         meaning=meaning_by((".shira_weight.", "entries", "linear")),
         Options=ShiraOptions,
         uses_rank=True,

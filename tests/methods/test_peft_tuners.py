@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import C3AConfig, DeftConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from fedgraft.core.config import MethodConfig
@@ -346,3 +347,17 @@ def test_tokens_that_the_model_does_not_have_are_refused(lab: Any) -> None:
         lab.attach("bert", TEXT, "trainable-tokens")
     with pytest.raises(UserError, match="the model has no token 99999"):
         lab.attach("bert", TEXT, "trainable-tokens", options={"token_indices": [99999]})
+
+
+@pytest.mark.parametrize("name", ["adalora", "pvera", "pissa", "mpt", "psoft"])
+def test_a_federation_trains_with_it_under_privacy(tiny_federation: Any, name: str, tmp_path: Any) -> None:
+    """A folder comes out, and what is pruned is pruned in the mean of the sites."""
+    config = tiny_federation.private(**{"method.name": name})
+    tiny_federation.run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "adapter"
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    if name == "adalora":
+        # Of 4 layers with 6 triplets the last round started at the final budget, 4 a layer.
+        kept = sum(int((tensor != 0).sum()) for key, tensor in weights.items() if key.endswith("lora_E"))
+        assert kept == 16
