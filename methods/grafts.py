@@ -151,7 +151,10 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, part: Part, inference_mode: bool) -> None:
         self.graft[adapter_name] = part
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        # PEFT's own asks for the base module's weight, which a block of several layers has none of.
+        first = next(self.base_layer.parameters(), None)
+        if first is not None:
+            part.to(first.device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -106,7 +106,7 @@ def test_a_package_whose_method_is_none_is_one_line(tmp_path: Path, monkeypatch:
     assert create_method("lora").options_of(MethodConfig()) is not None
 
 
-@pytest.mark.parametrize(("name", "says"), [("lroa", "unknown method `lroa`; did you mean `lora`?")])
+@pytest.mark.parametrize(("name", "says"), [("lorra", "unknown method `lorra`; did you mean `lora`?")])
 def test_a_mistake_in_asking_for_a_contract_is_one_line(name: str, says: str) -> None:
     with pytest.raises(pytest.UsageError, match=re.escape(says)):
         pytest_plugin._of_methods([name])
