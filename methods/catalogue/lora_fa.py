@@ -1,6 +1,13 @@
-"""LoRA-FA: LoRA whose A stays as it was drawn."""
+"""LoRA-FA and L-LoRA: LoRA whose A stays as it was drawn.
+
+L-LoRA puts in the place of an update s B A x its linearisation where training starts, at (A_0, 0):
+s (B_0 A_0 + B_0 (A - A_0) + (B - B_0) A_0) x with B_0 = 0, of which s B A_0 x is left. So it trains no A either, and
+merging is exactly linear, which is what it is for.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -15,7 +22,7 @@ def _freeze(model: PeftModel) -> None:
         layer.lora_A.requires_grad_(False)
 
 
-register(
+_LORA_FA = register(
     Method(
         name="lora-fa",
         summary="LoRA with A frozen as it was drawn: B alone trains",
@@ -31,5 +38,14 @@ register(
         equation="W = W0 + (alpha / r) B A, A (r, n) frozen",
         federates="averages exactly; A crosses once",
         privacy="exact clipping; r m numbers a layer, and its noise is multiplied by nothing that is noised",
+    )
+)
+register(
+    replace(
+        _LORA_FA,
+        name="l-lora",
+        summary="LoRA linearised where training starts, so that merging is exactly linear",
+        source="Tang et al. 2024, arXiv 2310.04742",
+        equation="y = f(x; A_0, 0) + J(x; A_0, 0) (A - A_0, B) = W0 x + (alpha / r) B A_0 x",
     )
 )

@@ -280,3 +280,25 @@ def test_child_tuning_drops_gradients_by_chance_and_scales_the_others(lab: Any) 
     # Standard deviation of the share: sqrt(.25 * .75 / 25,000) = .0027.
     assert abs(float((kept > 0).double().mean()) - 0.25) < 0.015
     assert all(bool((p.grad == 1).all()) for n, p in adapter.trainables().items() if "classifier" in n)
+
+
+def test_l_lora_is_the_linearisation_of_lora_where_training_starts(lab: Any) -> None:
+    """Against the forward-mode derivative of PEFT's own layer at (A_0, 0), in any direction of A and B."""
+    adapter = lab.attach("bert", "sequence-classification", "l-lora", rank=4)
+    plain = lab.attach("bert", "sequence-classification", "lora", rank=4)
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    ours, theirs = (a.model.double().get_submodule(name) for a in (adapter, plain))
+    a, b = (getattr(theirs, f"lora_{side}")["default"].weight for side in "AB")
+    changes = (torch.randn_like(a), torch.randn_like(b))
+    x = torch.randn(3, 32, dtype=torch.float64)
+
+    def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        names = ("lora_A.default.weight", "lora_B.default.weight")
+        return torch.func.functional_call(theirs, dict(zip(names, (a, b), strict=True)), (x,))
+
+    with torch.no_grad():
+        there, slope = torch.func.jvp(layer, (a.detach(), b.detach()), changes)
+        ours.lora_A["default"].weight.copy_(a)
+        ours.lora_B["default"].weight.copy_(b + changes[1])
+        close(ours(x), there + slope)
+    assert not ours.lora_A["default"].weight.requires_grad
