@@ -139,7 +139,7 @@ def _trained(method: Method, on: Skeleton) -> str:
         return ""
     found = count(method, on)
     if found.refused:
-        return "no model for texts" if "roberta" in method.contract.get("unfit", {}) else "needs a file"
+        return "another family" if "roberta" in method.contract.get("unfit", {}) else "needs a file"
     return f"{found.adapter:,}"
 
 
