@@ -141,7 +141,9 @@ def _trained(method: Method, on: Skeleton) -> str:
     if method.refused:
         return ""
     found = count(method, on)
-    return "-" if found.refused else f"{found.adapter:,}"
+    if found.refused:
+        return "another family" if "roberta" in method.contract.get("unfit", {}) else "needs a file"
+    return f"{found.adapter:,}"
 
 
 def _table(head: str, rows: Iterable[Sequence[object]]) -> str:

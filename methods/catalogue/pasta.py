@@ -25,33 +25,11 @@ class SpecialOptions(MethodOptions):
     separator: int = Field(-1, ge=-1, description="id of the token that ends a sentence; -1: the tokenizer's")
 
 
-class Special:
-    """Where the special tokens of the present texts are: (B, L, 2), one number for each kind."""
-
-    at: torch.Tensor | None = None
+_AT = "special_tokens"
 
 
-class SpecialVectors(Part):
-    """h + e_1 at the first token and h + e_2 at every separator, h the input of a layer."""
-
-    def __init__(self, base: nn.Module, setting: Setting) -> None:
-        super().__init__(base, setting)
-        special: Special = setting.remembered("special", Special)
-        self.special = special
-        self.vectors = nn.Parameter(torch.zeros(2, hidden_width(setting.model)))
-
-    def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = base(*args, **kwargs)
-        h, at = first_of(given), self.special.at
-        if at is None or at.shape[:2] != h.shape[:2]:
-            raise UserError("pasta reads where the special tokens are from the texts' ids: give the model input_ids")
-        # A sum with what belongs to the records, so that each has places of its own.
-        own = h.new_zeros(*h.shape[:2], 2) + at.to(h.dtype)
-        return with_first(given, h + own @ self.vectors.to(h.dtype))
-
-
-class SpecialEmbeddings(SpecialVectors):
-    """Around the embeddings: notes where the tokens are, and changes what the first layer reads."""
+class WholeModel(Part):
+    """Around the model: notes where the special tokens are, (B, L, 2), for the layers that it hands its arguments."""
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
         super().__init__(base, setting)
@@ -61,14 +39,46 @@ class SpecialEmbeddings(SpecialVectors):
         if min(self.ids) < 0:
             raise UserError("the tokenizer names no special tokens: set method.options.first and .separator")
         ids = argument(base, args, kwargs, "input_ids")
-        self.special.at = None if ids is None else torch.stack([ids == one for one in self.ids], dim=-1)
-        return super().forward(base, *args, **kwargs)
+        if ids is None:
+            raise UserError("pasta reads where the special tokens are from the texts' ids: give the model input_ids")
+        return base(*args, **kwargs, **{_AT: marks_of(ids, self.ids)})
+
+
+def marks_of(ids: torch.Tensor, special: tuple[int, int]) -> torch.Tensor:
+    """1 where a token (B, L) is the first, or the second, of ``special``: (B, L, 2)."""
+    return torch.stack([ids == one for one in special], dim=-1)
+
+
+class SpecialVectors(Part):
+    """h + e_1 at the first token and h + e_2 at every separator, h what a layer gives to the next."""
+
+    def __init__(self, base: nn.Module, setting: Setting) -> None:
+        super().__init__(base, setting)
+        self.ids = (setting.options.first, setting.options.separator)
+        self.vectors = nn.Parameter(torch.zeros(2, hidden_width(setting.model)))
+
+    def marks(self, base: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+        marks: torch.Tensor = kwargs[_AT]
+        return marks
+
+    def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = base(*args, **kwargs)
+        h = first_of(given)
+        return with_first(given, h + self.marks(base, args, kwargs).to(h.dtype) @ self.vectors.to(h.dtype))
+
+
+class SpecialEmbeddings(SpecialVectors):
+    """The same around the embeddings, which are given the ids themselves."""
+
+    def marks(self, base: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+        return marks_of(argument(base, args, kwargs, "input_ids"), self.ids)
 
 
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig:
     options = create_method("pasta").options_of(config)
     layers = layers_of(base.model)
-    embeddings = f"{layers[0].path.partition('.')[0]}.embeddings"
+    whole = layers[0].path.partition(".")[0]
+    embeddings = f"{whole}.embeddings"
     # An encoder for texts: the layers add and normalise in one module, behind embeddings that read ids.
     if not layers[0].joins or embeddings not in dict(base.model.named_modules()):
         raise UserError(
@@ -80,7 +90,7 @@ def _configure(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig
         told = (getattr(base.processor, f"{name}_token_id", None) for name in names)
         if ids[key] < 0:
             ids[key] = next((one for one in told if one is not None), -1)
-    places = {embeddings: "first"} | {layer.path: "next" for layer in layers[:-1]}
+    places = {whole: "whole", embeddings: "first"} | {layer.path: "next" for layer in layers[:-1]}
     return graft_config("pasta", places, config.model_copy(update={"options": ids}), task, base)
 
 
@@ -94,7 +104,7 @@ register(
         privacy="exact clipping; 2 d numbers a layer",
         configure=_configure,
         meaning=meaning_by((".vectors", "shift", "linear")),
-        parts={"first": SpecialEmbeddings, "next": SpecialVectors},
+        parts={"whole": WholeModel, "first": SpecialEmbeddings, "next": SpecialVectors},
         Options=SpecialOptions,
         kind="other additive",
         merges=False,

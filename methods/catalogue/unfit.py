@@ -1,4 +1,4 @@
-"""Tuners of PEFT with which nothing can be trained rightly here, each with its reason."""
+"""Methods of PEFT and of the surveys with which nothing can be trained rightly here, each with its reason."""
 
 from __future__ import annotations
 
@@ -106,4 +106,28 @@ _refuse(
     "PEFT's ShadowPEFT, 0.21",
     "its second loss lies within the model, a mean over the batch that no clipping of records sees; choose lora",
     "other additive",
+)
+_refuse(
+    "adamix",
+    "adapters of which each step draws one, and their mean in the end",
+    "Wang et al. 2022, arXiv 2205.12410",
+    "its loss compares two passes of each record through different adapters, and a task's loss here is of one pass; "
+    "choose parallel-adapter or moelora",
+    "hybrid",
+)
+_refuse(
+    "coda",
+    "an adapter for every word, and the frozen layers for the few that a router picks",
+    "Lei et al. 2023, arXiv 2304.04947",
+    "its gain is what the frozen layers are spared, and here they run on whole batches; choose ladder-side or "
+    "adapterdrop",
+    "adapter",
+)
+_refuse(
+    "warp",
+    "prompt embeddings around a text, and a word for each class",
+    "Hambardzumyan et al. 2021, arXiv 2101.00121",
+    "its classes are words for a mask, and a classifier is loaded here without the head that predicts words; choose "
+    "prompt",
+    "prompt",
 )

@@ -371,9 +371,9 @@ def _note(given: dict[str, tuple[Any, Any]], path: str) -> Callable[..., None]:
 
 
 def _owner(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The path of the outermost layer of a tuner above a tensor, or else of the module that holds it."""
+    """The path of the innermost layer of a tuner above a tensor, or else of the module that holds it."""
     parts = name.split(".")
-    for length in range(1, len(parts)):
+    for length in reversed(range(1, len(parts))):
         path = ".".join(parts[:length])
         if isinstance(modules.get(path), BaseTunerLayer):
             return path
