@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from ..core.errors import UserError
+
 app = typer.Typer(help="The PEFT methods: list them, show one, find the one to take.", add_completion=False)
 
 Model = Annotated[str, typer.Option(help="A model folder or hub name, of which only the configuration is read.")]
@@ -21,14 +23,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback(invoke_without_command=True)
-def _list(context: typer.Context, model: Model = "", labels: Labels = 2, as_json: Json = False) -> None:
+def _list(
+    context: typer.Context,
+    kind: Annotated[str, typer.Option(help="Only one kind, such as adapter, prompt, partial, low-rank.")] = "",
+    model: Model = "",
+    labels: Labels = 2,
+    as_json: Json = False,
+) -> None:
     """List the PEFT methods; with --model, how much each trains on it."""
     if context.invoked_subcommand is not None:
         return
     from ..methods import methods
     from .method_card import row
 
-    known = methods()
+    known = [method for method in methods() if method.kind == (kind or method.kind)]
+    if not known:
+        kinds = sorted({method.kind for method in methods()})
+        raise UserError(f"no method is of the kind `{kind}`; there are {', '.join(kinds)}")
     rows = [row(method) for method in known]
     counted = _counted(known, model, labels) if model else {}
     for entry in rows:

@@ -41,6 +41,13 @@ def test_with_a_model_the_list_counts_what_trains_there(tiny_model: Any) -> None
     assert "choose prefix" in rows["prompt"]["refused"]
 
 
+def test_the_list_can_be_of_one_kind() -> None:
+    rows = json.loads(said("--json", "--kind", "prompt"))
+    assert {row["kind"] for row in rows} == {"prompt"} and {"prefix", "prompt"} <= {row["name"] for row in rows}
+    with pytest.raises(UserError, match="no method is of the kind `nothing`; there are adapter, "):
+        said("--kind", "nothing")
+
+
 def test_one_method_is_shown_with_its_equation_options_and_count() -> None:
     text = said("show", "houlsby")
     for part in ("h <- h + U act(D h + b) + c", "2,379,264 numbers", "arXiv 1902.00751", "width", "stays beside"):
