@@ -55,6 +55,7 @@ class Layer:
     ffn: str = ""
     joins: str = ""
     norms: tuple[str, ...] = ()
+    attended: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ class _Layout:
     attentions: tuple[tuple[str, str, str, str, str], ...]
     up: str
     down: str
+    attended: str
     gate: str = ""
     ffn: str = ""
     joins: str = ""
@@ -82,8 +84,9 @@ def _within(module: str, *names: str) -> tuple[str, str, str, str, str]:
 
 def _t5(attentions: Sequence[str], ffn: str) -> Iterator[_Layout]:
     found = tuple(_within(module, "q", "k", "v", "o") for module in attentions)
-    yield _Layout(found, f"{ffn}.wi_1", f"{ffn}.wo", gate=f"{ffn}.wi_0", ffn=ffn)
-    yield _Layout(found, f"{ffn}.wi", f"{ffn}.wo", ffn=ffn)
+    norm = f"{ffn.rpartition('.')[0]}.layer_norm"
+    yield _Layout(found, f"{ffn}.wi_1", f"{ffn}.wo", norm, gate=f"{ffn}.wi_0", ffn=ffn)
+    yield _Layout(found, f"{ffn}.wi", f"{ffn}.wo", norm, ffn=ffn)
 
 
 _LAYOUTS = (
@@ -100,6 +103,7 @@ _LAYOUTS = (
         ),
         "intermediate.dense",
         "output.dense",
+        "attention.output.LayerNorm",
         joins="output",
     ),
     # Llama, Mistral, Qwen, Gemma
@@ -107,15 +111,28 @@ _LAYOUTS = (
         (_within("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),),
         "mlp.up_proj",
         "mlp.down_proj",
+        "post_attention_layernorm",
         gate="mlp.gate_proj",
         ffn="mlp",
     ),
     # GPT-2
-    _Layout((_within("attn", "c_attn", "c_attn", "c_attn", "c_proj"),), "mlp.c_fc", "mlp.c_proj", ffn="mlp"),
+    _Layout((_within("attn", "c_attn", "c_attn", "c_attn", "c_proj"),), "mlp.c_fc", "mlp.c_proj", "ln_2", ffn="mlp"),
     # ViT
-    _Layout((_within("attention", "q_proj", "k_proj", "v_proj", "o_proj"),), "mlp.fc1", "mlp.fc2", ffn="mlp"),
+    _Layout(
+        (_within("attention", "q_proj", "k_proj", "v_proj", "o_proj"),),
+        "mlp.fc1",
+        "mlp.fc2",
+        "layernorm_after",
+        ffn="mlp",
+    ),
     # DistilBERT
-    _Layout((_within("attention", "q_lin", "k_lin", "v_lin", "out_lin"),), "ffn.lin1", "ffn.lin2", ffn="ffn"),
+    _Layout(
+        (_within("attention", "q_lin", "k_lin", "v_lin", "out_lin"),),
+        "ffn.lin1",
+        "ffn.lin2",
+        "sa_layer_norm",
+        ffn="ffn",
+    ),
     *_t5(("layer.0.SelfAttention", "layer.1.EncDecAttention"), "layer.2.DenseReluDense"),
     *_t5(("layer.0.SelfAttention",), "layer.1.DenseReluDense"),
 )
@@ -137,7 +154,9 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
         stack = stacks.setdefault(place[1], len(stacks))
         attentions = tuple(Attention(*(f"{path}.{name}" for name in names)) for names in layout.attentions)
         paths = {
-            key: f"{path}.{name}" for key in ("up", "down", "gate", "ffn", "joins") if (name := getattr(layout, key))
+            key: f"{path}.{name}"
+            for key in ("up", "down", "gate", "ffn", "joins", "attended")
+            if (name := getattr(layout, key))
         }
         norms = tuple(
             name
@@ -154,7 +173,9 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
 def _layout_of(path: str, modules: dict[str, nn.Module]) -> _Layout | None:
     for layout in _LAYOUTS:
         names = [name for attention in layout.attentions for name in attention]
-        names += [name for name in (layout.up, layout.down, layout.gate, layout.ffn, layout.joins) if name]
+        names += [
+            name for name in (layout.up, layout.down, layout.gate, layout.ffn, layout.joins, layout.attended) if name
+        ]
         if all(f"{path}.{name}" in modules for name in names):
             return layout
     return None

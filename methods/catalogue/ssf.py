@@ -57,8 +57,7 @@ def _hadamard(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig:
     places: dict[str, str] = {}
     for layer in layers_of(base.model):
         places |= {attention.output: "affine" for attention in layer.attentions}
-        # The norm that the attention's output meets next: the last but one of a layer, which ends with the block's.
-        places |= dict.fromkeys(layer.norms[len(layer.norms) - 2 : len(layer.norms) - 1], "affine")
+        places[layer.attended] = "affine"
     return graft_config("hadamard", places, config, task, base)
 
 

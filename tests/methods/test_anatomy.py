@@ -37,6 +37,10 @@ def test_every_family_has_its_layers_with_all_their_parts(family: str, tiny_mode
         assert bool(layer.gate) == (family == "llama")
         owned = {f"{layer.path}.{name}" for name, m in modules[layer.path].named_modules() if _is_linear(m)}
         assert set(layer.linears) == owned
+        assert layer.attended in layer.norms
+        assert layer.attended.endswith(
+            ("attention.output.LayerNorm", "post_attention_layernorm", "ln_2", "layernorm_after", "layer_norm")
+        )
         assert len(layer.norms) == (3 if family == "t5" and layer.stack else 2)
     if family == "t5":
         assert [len(layer.attentions) for layer in layers] == [1, 1, 2, 2]
