@@ -230,10 +230,11 @@ class MethodContract:
             adapter.write(state)
             want = lab.losses(adapter.model, batch)
             off = float((lab.losses(fresh.model, batch) - want).abs().max())
-            require(off <= 1e-6, f"the loaded adapter is {off:.2g} off")
+            # A folder may hold products of what is exchanged, rounded to float32.
+            require(off <= 1e-5, f"the loaded adapter is {off:.2g} off")
             fresh.write(loaded)
             off = float((lab.losses(fresh.model, batch) - want).abs().max())
-            require(off <= 1e-6, f"what was read of the loaded adapter is {off:.2g} off")
+            require(off <= 1e-5, f"what was read of the loaded adapter is {off:.2g} off")
             if not (folder / "adapter_config.json").is_file():
                 return
             with warnings.catch_warnings():
