@@ -46,6 +46,24 @@ OWN: dict[str, list[str]] = {
 _PATIENCE = 900
 
 
+def mask(name: str, folder: Path) -> list[str]:
+    """The setting of a mask file for a method that takes one, made of 220 phrases: terminology is public."""
+    from fedgraft.core.tasks import create_task
+    from fedgraft.methods.importance import RULES, mask_of, save_mask
+    from fedgraft.simulations.scenario import load_scenario, site_data
+
+    if name not in RULES:
+        return []
+    config = load_scenario("hospitals-icd10", SMALL)
+    site = next(iter(site_data(config).values()))
+    task = create_task(config.task)
+    base = task.load(config.model, config.task, config.seed)
+    texts, labels = list(site.train.inputs[:220]), list(map(int, site.train.labels[:220]))
+    examples = task.encode(texts, labels, base.processor)
+    save_mask(folder / "mask.safetensors", mask_of(name, base, task, examples, 0.005, lambda done, of: None))
+    return [f"method.mask={folder / 'mask.safetensors'}"]
+
+
 def one(name: str, mode: str) -> dict[str, Any]:
     """All rates of one method in this process."""
     import torch
@@ -57,10 +75,12 @@ def one(name: str, mode: str) -> dict[str, Any]:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     runs: list[dict[str, Any]] = []
+    masks = tempfile.TemporaryDirectory()
+    masked = mask(name, Path(masks.name))
     for rate in OWN_RATES.get(name, RATES):
         config = load_scenario(
             "hospitals-icd10",
-            [*SMALL, *MODES[mode], *OWN.get(name, ()), f"method.name={name}", f"train.lr={rate}"],
+            [*SMALL, *MODES[mode], *OWN.get(name, ()), *masked, f"method.name={name}", f"train.lr={rate}"],
         )
         with tempfile.TemporaryDirectory() as scratch:
             try:

@@ -19,8 +19,8 @@ from ..registry import Method, meaning_by, register
 class LayerMixture(Part):
     """out_i = LN(sum_j a_ij h_ij), a_ij = softmax_j(q . h_ij / sqrt(d)), h_ij what layer j says of token i.
 
-    No gradient goes through the layers. Query and norm are the 3 d numbers that the paper counts; the query starts at
-    zero, with the mean of the layers.
+    No gradient goes through the layers. The form of the scores is inferred: query and norm are 3 d numbers, which is
+    what the paper counts; its own may differ. The query starts at zero, with the mean of the layers.
     """
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:

@@ -111,10 +111,14 @@ class Loopback:
         self.processes.clear()
 
     def _start(self, who: str, role: str, kit: Path) -> None:
+        from ..choice import cores
+
         log = self._log(who)
         log.unlink(missing_ok=True)
         command = [sys.executable, "-m", "fedgraft", role, "start", "--kit", str(kit)]
-        self.processes[who] = launch(command, {**os.environ, "PYTHONUNBUFFERED": "1"}, log)
+        # Sites of one machine share its cores: threads of one that wait for another's cost more than they give.
+        threads = str(max(1, cores() // len(self.config.site_names)))
+        self.processes[who] = launch(command, {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}, log)
 
     def _log(self, who: str) -> Path:
         return self.folder / "logs" / f"{who}.log"

@@ -25,6 +25,8 @@ from fedgraft.privacy.auditlog import audit_journal
 from fedgraft.server.deployed import jobs, serving
 from fedgraft.server.deployed.control import Control
 from fedgraft.server.rundir import read_run
+from fedgraft.simulations import choice
+from fedgraft.simulations.loopback import running
 from fedgraft.simulations.loopback.policies import policy_for
 from fedgraft.simulations.loopback.running import Loopback, down
 
@@ -101,6 +103,20 @@ def test_a_site_without_a_path_gets_no_development_policy(job: Job) -> None:
     assert "path = " in policy_for(bare, "east")
     with pytest.raises(UserError, match="site west: give it records of its own"):
         policy_for(bare, "west")
+
+
+def test_the_sites_of_one_machine_share_its_cores_unless_they_are_told_otherwise(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(running, "launch", lambda command, environment, log: given.append(environment))
+    monkeypatch.setattr(choice, "cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    loopback = Loopback(tmp_path / "dev", job())
+    loopback._start("east", "site", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    loopback._start("north", "site", tmp_path)
+    assert [environment["OMP_NUM_THREADS"] for environment in given] == ["2", "5"]
 
 
 def test_nothing_is_ended_where_nothing_runs(tmp_path: Path) -> None:
