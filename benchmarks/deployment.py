@@ -32,6 +32,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Before torch is there: the arithmetic is said to be of one thread, and each site has its part of the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import psutil
 from safetensors.numpy import load_file
