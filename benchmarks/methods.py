@@ -238,7 +238,7 @@ def main() -> None:
         with keeping:
             results.setdefault(name, {})[mode] = entry
             kept["what"], kept["settings"], kept["rates"] = __doc__.splitlines()[0], SMALL, RATES
-            kept["conditions"] = f"{given.workers} at a time, {os.environ.get('OMP_NUM_THREADS', '2')} threads each"
+            kept["conditions"] = f"{given.workers} at a time, threads each: {os.environ.get('OMP_NUM_THREADS', '2')}"
             RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
         told = entry.get("accuracy", entry.get("refused"))
         print(f"{name:24}{mode:12}{told}   {time.monotonic() - began:.0f} s", flush=True)

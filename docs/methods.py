@@ -50,7 +50,7 @@ configurations. head: whether the task's head (two classes) is in the count.
 _MEASURED = """`python benchmarks/methods.py`: four hospitals, MiniLM, 22 classes, a small quickstart, three learning
 rates each ({conditions}). Accuracy in %, seconds of a site's step, and the most memory that the process held.
 
-![Accuracy against bytes for every method, without privacy and at epsilon 8](images/methods.svg)"""
+![Accuracy against bytes for the methods that were measured, without privacy and at epsilon 8](images/methods.svg)"""
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods.json"
 SURVEY = "Xu et al. 2023, arXiv 2312.12148, table III"
