@@ -211,3 +211,11 @@ def hidden_width(model: nn.Module) -> int:
         if isinstance(value := getattr(config, key, None), int):
             return value
     raise UserError(f"{type(model).__name__} does not say how wide its hidden states are")
+
+
+def head_width(attention: nn.Module) -> int:
+    """The dimensions of one head of an attention. Raises :class:`UserError` where it does not say them."""
+    for name in ("attention_head_size", "head_dim", "key_value_proj_dim"):
+        if isinstance(width := getattr(attention, name, None), int):
+            return width
+    raise UserError(f"the heads of {type(attention).__name__} are not known to this method; choose lora")

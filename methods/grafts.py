@@ -44,7 +44,7 @@ PEFT_TYPE = PeftType[NAME.upper()] if NAME.upper() in PeftType.__members__ else 
 class GraftConfig(PeftConfig):
     """A method of fedgraft's as PEFT keeps it: ``places`` maps module paths to what their part is called.
 
-    ``sizes``: how many numbers a part has, by module path, where nothing else in the configuration says it.
+    ``sizes``: a number that a part is made by (its numbers, the heads), by module path, where nothing else says it.
     """
 
     method: str = ""

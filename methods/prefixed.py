@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
-from .anatomy import shape_of
+from .anatomy import head_width, shape_of
 from .attending import uncached, visible
 from .grafts import Part, Setting
 
@@ -62,7 +62,7 @@ class Prefix(nn.Module):
             # A sum with a row of each record's, so that each has a prefix of its own.
             own = x.new_zeros(len(x), *half.shape) + half.to(x.dtype)
             own = own if gate is None else own * gate
-            rows.append(own.unflatten(-1, (-1, _width_of(attention))).transpose(1, 2))
+            rows.append(own.unflatten(-1, (-1, head_width(attention))).transpose(1, 2))
         bound.arguments["past_key_values"] = PrefixedCache(cache, *rows)
         length = x.shape[1]
         seen = visible(base, bound.arguments.get("attention_mask"), length, past + length)
@@ -94,11 +94,3 @@ def _keys_of(attention: nn.Module) -> tuple[nn.Module, int]:
         if isinstance(found := getattr(attention, name, None), nn.Module):
             return found, parts
     raise UserError(f"the keys of {type(attention).__name__} are not known to this method; choose lora")
-
-
-def _width_of(attention: Any) -> int:
-    """The dimensions of one head."""
-    for name in ("attention_head_size", "head_dim"):
-        if isinstance(width := getattr(attention, name, None), int):
-            return width
-    raise UserError(f"the heads of {type(attention).__name__} are not known to this method; choose lora")

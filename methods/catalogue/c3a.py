@@ -16,7 +16,7 @@ from ..wrapping import ON_LAYERS, on_layers
 
 
 class C3AOptions(MethodOptions):
-    block_size: int = Field(256, ge=1, description="width b of a block; divides inputs and outputs")
+    block_size: int = Field(128, ge=1, description="width b of a block; divides inputs and outputs")
 
 
 class CirculantLinear(C3ALinear):
