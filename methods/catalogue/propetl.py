@@ -1,7 +1,8 @@
-"""ProPETL: one bottleneck for all layers, of which each layer uses what its own mask lets through."""
+"""ProPETL: one bottleneck, or one low-rank update, for all layers; each uses what its own mask lets through of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 from ...core.basemodel import BaseModel
 from ...core.config import MethodConfig
 from ...core.tasks import Task
-from ..anatomy import hidden_width, layers_of
+from ..anatomy import dense_weight, hidden_width, is_turned, layers_of, shape_of
 from ..bottleneck import ACTIVATIONS, Bottleneck, BottleneckOptions
 from ..grafts import GraftConfig, Part, Setting, graft_config
-from ..registry import Method, meaning_by, register
+from ..registry import Method, MethodOptions, attention_targets, meaning_by, register
 
 
 class PrototypeOptions(BottleneckOptions):
@@ -64,6 +65,56 @@ class MaskedAdapter(Part):
         return h + F.linear(inner, self.mask_up(up.weight), up.bias).to(h.dtype)
 
 
+class Factors(nn.Module):
+    """A (r, n) and B (m, r) as LoRA begins with them."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+
+class MaskedUpdate(Part):
+    """W0 x + (alpha / r) (m_B o B) (m_A o A) x: A and B are common to layers of one name, the masks a layer's own."""
+
+    called = False
+
+    def __init__(self, base: nn.Module, setting: Setting) -> None:
+        super().__init__(base, setting)
+        rank, (inputs, outputs) = setting.config.rank, shape_of(base)
+        self.scaling = setting.config.alpha / rank
+        name = f"{setting.path.rpartition('.')[2]} {outputs} x {inputs}"
+        prototype: Any = setting.shared(name, lambda: Factors(inputs, outputs, rank))
+        self.prototype = prototype
+        self.mask_a = Mask(prototype.a.shape, setting.options.keep)
+        self.mask_b = Mask(prototype.b.shape, setting.options.keep)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this layer's masks let through of A and B."""
+        return self.mask_a(self.prototype.a), self.mask_b(self.prototype.b)
+
+    def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given: torch.Tensor = base(*args, **kwargs)
+        a, b = self.factors()
+        return given + self.scaling * F.linear(F.linear(args[0].to(a.dtype), a), b).to(given.dtype)
+
+    def merged(self, base: nn.Module) -> Mapping[str, torch.Tensor]:
+        a, b = self.factors()
+        weight, delta = dense_weight(base), self.scaling * b @ a
+        return {"weight": weight + (delta.T if is_turned(base) else delta).to(weight.dtype)}
+
+
+class KeepOptions(MethodOptions):
+    keep: float = Field(0.5, gt=0, le=1, description="part of each factor that a layer's mask lets through")
+
+
+def _low_rank(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig:
+    targets = tuple(f".{name}" for name in attention_targets(base.model, config))
+    places = {path: "update" for path, _ in base.model.named_modules() if f".{path}".endswith(targets)}
+    return graft_config("propetl-lora", places, config, task, base)
+
+
 def _configure(config: MethodConfig, task: Task, base: BaseModel) -> GraftConfig:
     places = {layer.down: "adapter" for layer in layers_of(base.model)}
     return graft_config("propetl", places, config, task, base)
@@ -84,5 +135,22 @@ register(
         kind="hybrid",
         merges=False,
         contract={"settings": {"options": {"width": 8}}},
+    )
+)
+register(
+    Method(
+        name="propetl-lora",
+        summary="one low-rank update for all layers, under binary masks of each layer's own",
+        source="Zeng et al. 2023, arXiv 2205.12560",
+        equation="W = W0 + (alpha / r) (m_B o B) (m_A o A), m = 1 where its score is among the largest of the layer",
+        federates="prototype and scores are averaged, and masks follow from the mean scores",
+        privacy="exact clipping through straight-through gradients; r (m + n) numbers a layer and once more for all",
+        configure=_low_rank,
+        meaning=meaning_by((".prototype.", "factor", "product"), (".scores", "mask", "nonlinear")),
+        parts={"update": MaskedUpdate},
+        Options=KeepOptions,
+        uses_rank=True,
+        accepts=frozenset({"target_modules"}),
+        kind="hybrid",
     )
 )

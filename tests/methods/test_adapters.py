@@ -268,6 +268,19 @@ def test_propetls_layers_see_one_bottleneck_through_masks_of_their_own(lab: Any)
 
 
 @torch.no_grad()
+def test_propetls_low_rank_update_sees_common_factors_through_masks(lab: Any) -> None:
+    settings = {"rank": 4, "alpha": 12, "options": {"keep": 0.25}}
+    adapter = shaken(lab, "bert", TEXT, "propetl-lora", **settings)
+    assert sum(".prototype." in name for name in adapter.trainables()) == 4  # A and B of queries, and of values
+    part, base, (x,), given = seen(lab, adapter, "bert", TEXT, "bert.encoder.layer.1.attention.self.value")
+    kept = []
+    for mask, factor in ((part.mask_a, part.prototype.a), (part.mask_b, part.prototype.b)):
+        ordered = sorted(mask.scores.flatten().tolist(), reverse=True)
+        kept.append((mask.scores >= ordered[len(ordered) // 4 - 1]).double() * factor)
+    close(given, by_position(lambda word: 3 * kept[1] @ (kept[0] @ word), x) + base(x))
+
+
+@torch.no_grad()
 def test_hyperformers_network_writes_each_adapter_from_where_it_is(lab: Any) -> None:
     options = {"width": 4, "embedding": 6, "hidden": 8}
     adapter = shaken(lab, "bert", TEXT, "hyperformer++", options=options)

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
+from fedgraft.core.config import MethodConfig
 from fedgraft.core.errors import UserError
+from fedgraft.server.traffic import skeleton_of
 
 TEXT, LM = "sequence-classification", "causal-lm"
 PREFIX = "base_model.model."
@@ -257,3 +260,26 @@ def test_fused_layers_are_mixed_token_by_token(lab: Any, family: str, task: str)
             mixed = attended(part.query, said, said)
             spread = ((mixed - mixed.mean()) ** 2).mean() + part.norm.eps
             close(given[b, i], (mixed - mixed.mean()) / spread.sqrt() * part.norm.weight + part.norm.bias)
+
+
+def test_the_groups_of_s4_are_a_spindle_and_have_strategies_of_their_own() -> None:
+    config = skeleton_of(BertConfig(), "bert").attach(MethodConfig(name="s4", rank=4, alpha=8)).model.peft_config
+    found = [set() for _ in range(12)]
+    for path, kind in config["default"].places.items():
+        found[int(path.split(".")[3])] |= set(kind)
+    assert found == [set(g) for g, n in zip(("AL", "AP", "APB", "PBL"), (2, 4, 4, 2), strict=True) for _ in range(n)]
+
+
+@torch.no_grad()
+def test_a_place_of_s4_has_an_update_a_bias_and_an_adapter_in_this_order(lab: Any) -> None:
+    options = {"width": 5, "groups": ("AL", "APB", "PBL", "AL")}
+    adapter = shaken(lab, "bert", TEXT, "s4", rank=2, alpha=6, options=options)
+    x = torch.randn(4, 32, dtype=torch.float64)
+    query = adapter.model.get_submodule(PREFIX + "bert.encoder.layer.1.attention.self.query")
+    part, base = query.graft["default"], query.base_layer
+    close(query(x), x @ (base.weight + 3 * part.b @ part.a).T + base.bias + part.shift)
+    behind = adapter.model.get_submodule(PREFIX + "bert.encoder.layer.0.attention.output.dense")
+    part, base = behind.graft["default"], behind.base_layer
+    y = base(x) + part.shift
+    down, up = part.bottleneck.down, part.bottleneck.up
+    close(behind(x), y + torch.nn.functional.gelu(y @ down.weight.T + down.bias) @ up.weight.T + up.bias)
