@@ -268,7 +268,7 @@ def _describe(model: PeftModel, method: Method, config: MethodConfig) -> Adapter
         tensors=tuple(tensors),
         pairs=tuple(pairs),
         rank=config.rank if method.uses_rank else None,
-        alpha=config.alpha if method.uses_rank else None,
+        alpha=config.alpha if method.scaled else None,
         options={
             **method.options,
             **({"init": config.init} if config.init else {}),

@@ -41,10 +41,12 @@ class Method:
 
     ``configure`` makes the PEFT configuration for a base model; ``meaning`` maps a trainable's name to its role and to
     what averaging it over sites means; ``prepare`` (optional) adjusts the wrapped model, such as which tensors train.
-    ``uses_rank``: whether ``method.rank`` and ``method.alpha`` mean anything; ``accepts``: which of ``target_modules``,
-    ``layers``, ``dropout``, ``init``, ``heads``, ``experts`` and ``mask`` do; ``Options``: what ``[method.options]``
-    may hold. ``dp``: where its exact clipping comes from. ``options`` enter the adapter's description: ``scaling =
-    "sqrt"`` where the update is scaled by alpha / sqrt(r), ``common_rank`` where sites cannot differ in rank.
+    ``uses_rank``: whether ``method.rank`` means anything; ``uses_alpha``: whether ``method.alpha``
+    does, where that is another answer.
+    ``accepts``: which of ``target_modules``, ``layers``, ``dropout``, ``init``, ``heads``, ``experts``, ``mask`` and,
+    where the kind is no prompt, ``virtual_tokens`` do. ``Options``: what ``[method.options]`` may hold. ``dp``: where
+    its exact clipping comes from. ``options`` enter the adapter's description: ``scaling = "sqrt"`` where the update is
+    scaled by alpha / sqrt(r), ``common_rank`` where sites cannot differ in rank.
 
     ``equation``, ``federates`` (what averaging over sites does to it) and ``privacy`` (what differential privacy costs
     it) are said by ``fedgraft methods show``. ``refused``: why nothing can be trained with it; it is then listed alone.
@@ -72,6 +74,7 @@ class Method:
     steps: Callable[..., Any] | None = None
     parts: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     uses_rank: bool = False
+    uses_alpha: bool | None = None
     accepts: frozenset[str] = frozenset()
     dp: str = "exact"
     options: Mapping[str, object] = field(default_factory=dict)
@@ -83,6 +86,11 @@ class Method:
     refused: str = ""
     merges: bool = True
     contract: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether ``method.alpha`` means anything."""
+        return self.uses_rank if self.uses_alpha is None else self.uses_alpha
 
     def options_of(self, config: MethodConfig) -> Any:
         """``method.options`` as the method declares them. Raises :class:`UserError` that names the first wrong one."""

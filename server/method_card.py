@@ -101,7 +101,7 @@ def card(name: str, on: Skeleton, **settings: Any) -> dict[str, Any]:
 
 def accepted(method: Method) -> list[str]:
     """The keys of ``[method]`` that mean anything to it, beside ``name`` and ``options``."""
-    found = ["rank", "alpha"] if method.uses_rank else []
+    found = [key for key, means in (("rank", method.uses_rank), ("alpha", method.scaled)) if means]
     if method.kind == "prompt":
         found.append("virtual_tokens")
     return [*found, *sorted(method.accepts)]

@@ -63,6 +63,7 @@ register(
         attached=computed_bases(_bases),
         Options=AdamssOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS,
         options={"common_rank": True},
         equation="W = W0 + sum_k P_k B_k A_k V^T, V the r principal directions, P_k the rows of cluster k",

@@ -22,6 +22,7 @@ register(
         meaning=meaning_by((".delora_", "factor", "nonlinear")),
         Options=DeLoraOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS,
         options={"common_rank": True},
         equation="W = W0 + (lambda |W0| / r) sum_i b_i a_i / (|b_i| |a_i|), |W0| by column",

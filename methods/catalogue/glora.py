@@ -26,6 +26,7 @@ register(
         meaning=meaning_by((".glora_", "support", "product")),
         Options=GLoraOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=frozenset({"target_modules"}),
         options={"common_rank": True},
         equation="y = (W0 + W0 A + B) x + W0 C + D b0 + E + b0",

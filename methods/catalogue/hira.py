@@ -17,6 +17,7 @@ register(
         ),
         meaning=meaning_by((".hira_", "factor", "product")),
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + W0 o (B A)",

@@ -22,6 +22,7 @@ register(
         meaning=meaning_by((".hra_u.", "reflection", "nonlinear")),
         Options=HRAOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS,
         options={"common_rank": True},
         equation="W = W0 H_1 .. H_r, H_i = I - 2 u_i u_i^T / |u_i|^2; an even r starts at the identity",

@@ -84,6 +84,7 @@ register(
         meaning=meaning_by((".rotation", "basis", "nonlinear"), (".source.", "source", "nonlinear")),
         parts={"hidden": HiddenStates},
         uses_rank=True,
+        uses_alpha=False,
         options={"common_rank": True},
         accepts=frozenset({"layers"}),
         Options=LoreftOptions,

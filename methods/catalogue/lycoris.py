@@ -78,6 +78,7 @@ register(
         configure=_krona_config,
         meaning=meaning_by((".lokr_", "factor", "product")),
         Options=KronAOptions,
+        uses_alpha=True,
         accepts=ON_LAYERS,
         equation="W = W0 + s A kron B, A (f, g) and B (m / f, n / g); s is method.alpha",
         federates=_FEDERATES,

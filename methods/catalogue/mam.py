@@ -47,6 +47,7 @@ register(
         meaning=meaning_by((".prefix.", "prefix", "nonlinear"), (".bottleneck.", "adapter", "nonlinear")),
         parts={"prefix": PrefixPart, **PARTS},
         Options=MixOptions,
+        accepts=frozenset({"virtual_tokens"}),
         kind="hybrid",
         merges=False,
         contract={

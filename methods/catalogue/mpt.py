@@ -72,6 +72,7 @@ register(
         plain=_plain,
         attached=EncodedPrompt,
         uses_rank=True,
+        uses_alpha=False,
         options={"common_rank": True},
         equation="[P o (u v); E x], P (p, d) common, u (p, r) and v (r, d) the task's",
         federates="averaged tensor by tensor, which is not the mean of the products",

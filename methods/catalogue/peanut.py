@@ -26,6 +26,7 @@ register(
         meaning=meaning_by((".peanut_", "factor", "nonlinear")),
         Options=PeanutOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS,
         options={"common_rank": True},
         equation="W = W0 + s f(W0), f a network with weights A (m, r) and B (r, m)",

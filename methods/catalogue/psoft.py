@@ -31,6 +31,7 @@ register(
         ),
         Options=PsoftOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + B (diag(b) R diag(a) - 1) A, B A = SVD_r(W0), R = (I + Q)(I - Q)^-1 (r, r)",

@@ -133,6 +133,7 @@ register(
         parts={"P": PrefixPart, **dict.fromkeys(("L", "B", "A", "LB", "BA"), Tuned)},
         Options=DesignOptions,
         uses_rank=True,
+        accepts=frozenset({"virtual_tokens"}),
         kind="hybrid",
         merges=False,
         contract={

@@ -45,6 +45,7 @@ register(
         meaning=meaning_by((".shira_weight.", "entries", "linear")),
         Options=ShiraOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=frozenset({"target_modules"}),
         options={"common_rank": True},
         equation="W = W0 + S, S zero but at r (m + n) drawn entries",

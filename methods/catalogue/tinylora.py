@@ -30,6 +30,7 @@ register(
         ),
         Options=TinyLoraOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + U S (sum_i v_i P_i) V^T, SVD_r of W0 and random P_i (r, r) frozen",

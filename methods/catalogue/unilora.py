@@ -25,6 +25,7 @@ register(
         meaning=meaning_by(("unilora_theta_d.", "vector", "product")),
         Options=UniLoraOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + B A, [all A; all B] = P t, P isometric with one entry a row, t (d)",

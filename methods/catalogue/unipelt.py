@@ -169,6 +169,7 @@ register(
         parts={"layer": WholeLayer, "prefix": GatedPrefix, "update": GatedUpdate, "adapter": GatedAdapter},
         Options=UnifiedOptions,
         uses_rank=True,
+        accepts=frozenset({"virtual_tokens"}),
         kind="hybrid",
         merges=False,
         contract={

@@ -26,6 +26,7 @@ register(
         meaning=meaning_by((".vblora_logits_", "logits", "nonlinear"), ("vblora_vector_bank.", "bank", "product")),
         Options=VBLoRAOptions,
         uses_rank=True,
+        uses_alpha=False,
         accepts=ON_LAYERS | {"dropout"},
         options={"common_rank": True},
         equation="W = W0 + B A, each length-b piece of A and B a softmax over its top k of h vectors",

@@ -129,6 +129,19 @@ class MethodContract:
             mend = ("choose", "set ", "leave", "name them", "lower")
             require(any(word in text for word in mend), f"{family}, {task}: does not say what to do: {text}")
 
+    def test_alpha_scales_it_if_it_says_so(self) -> None:
+        """On the first model that it fits: another ``method.alpha`` is another effect, or the method has none."""
+        lab, case = laboratory(), self.fitting()[0]
+        batch, found = lab.batch(*case, lab.records(*case, LENGTHS)), []
+        for alpha in (8.0, 32.0):
+            adapter = lab.attach(*case, self.method, **{**self.settings_for(case), "alpha": alpha})
+            lab.shaken(adapter, seed=1, by=_SHAKE)
+            with torch.no_grad():
+                found.append(lab.losses(adapter.model, batch))
+        scales = float((found[0] - found[1]).abs().max()) > 1e-6
+        says = create_method(self.method).scaled
+        require(scales == says, f"`uses_alpha` is {says}, and alpha {'changes' if scales else 'does not change'} it")
+
     # --- its tensors ------------------------------------------------------------------------------------------------
 
     def test_it_describes_exactly_what_trains(self, case: tuple[str, str]) -> None:
