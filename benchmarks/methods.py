@@ -49,10 +49,10 @@ _PATIENCE = 900
 def mask(name: str, folder: Path) -> list[str]:
     """The setting of a mask file for a method that takes one, made of 220 phrases: terminology is public."""
     from fedgraft.core.tasks import create_task
-    from fedgraft.methods.importance import RULES, mask_of, save_mask
+    from fedgraft.methods.importance import KEEP, mask_of, save_mask
     from fedgraft.simulations.scenario import load_scenario, site_data
 
-    if name not in RULES:
+    if name not in KEEP:
         return []
     config = load_scenario("hospitals-icd10", SMALL)
     site = next(iter(site_data(config).values()))
@@ -60,7 +60,7 @@ def mask(name: str, folder: Path) -> list[str]:
     base = task.load(config.model, config.task, config.seed)
     texts, labels = list(site.train.inputs[:220]), list(map(int, site.train.labels[:220]))
     examples = task.encode(texts, labels, base.processor)
-    save_mask(folder / "mask.safetensors", mask_of(name, base, task, examples, 0.005, lambda done, of: None))
+    save_mask(folder / "mask.safetensors", mask_of(name, base, task, examples, KEEP[name], lambda done, of: None))
     return [f"method.mask={folder / 'mask.safetensors'}"]
 
 

@@ -17,6 +17,7 @@ from ..core.basemodel import BaseModel
 from ..core.errors import UserError, one_line
 from ..core.tasks import Example, Task
 from .anatomy import dense_weight, is_turned, layers_of
+from .pruning import kept_units
 
 #: Called with how many of how many steps are done.
 Told = Callable[[int, int], None]
@@ -103,6 +104,8 @@ RULES: dict[str, Callable[[BaseModel, Task, Sequence[Example], Told], dict[str, 
     "sam": squared_gradient,
     "lt-sft": change,
 }
+#: What a mask leaves unless one says otherwise, by the method: of weights that train, or of heads and channels.
+KEEP: dict[str, float] = {**dict.fromkeys(RULES, 0.005), "lora-prune": 0.5}
 
 
 def most(scores: dict[str, torch.Tensor], keep: float, turned: Iterable[str] = ()) -> dict[str, torch.Tensor]:
@@ -110,8 +113,6 @@ def most(scores: dict[str, torch.Tensor], keep: float, turned: Iterable[str] = (
 
     ``turned``: layers that keep their weight as (inputs, outputs); rows are outputs all the same.
     """
-    if not 0 < keep <= 1:
-        raise UserError(f"the share of weights to keep is {keep:g}; set it above 0, and to 1 at most")
     sizes = [score.numel() for score in scores.values()]
     count = max(1, round(keep * sum(sizes)))
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
@@ -129,30 +130,50 @@ def most(scores: dict[str, torch.Tensor], keep: float, turned: Iterable[str] = (
 def mask_of(
     method: str, base: BaseModel, task: Task, examples: Sequence[Example], keep: float, told: Told
 ) -> dict[str, torch.Tensor]:
-    """The weights that ``method`` would train, a share ``keep`` of those in linear layers: (row, column) by layer."""
-    if method not in RULES:
-        raise UserError(f"method {method} takes no mask; choose {', '.join(RULES)}")
+    """The weights that ``method`` would train, a share ``keep`` of those in linear layers: (row, column) by layer.
+
+    For ``lora-prune`` the rows, or the columns, that stay of each layer: a share ``keep`` of the heads and channels.
+    """
+    if method not in KEEP:
+        raise UserError(f"method {method} takes no mask; choose {', '.join(KEEP)}")
     if not examples:
         raise UserError("there is no record to make a mask of; name a file with some")
+    if not 0 < keep <= 1:
+        raise UserError(f"the share to keep is {keep:g}; set it above 0, and to 1 at most")
+    if method not in RULES:
+        return kept_units(base, task, examples, keep, told)
     modules = dict(base.model.named_modules())
     scores = RULES[method](base, task, examples, told)
     return most(scores, keep, [path for path in scores if is_turned(modules[path])])
 
 
 def save_mask(path: Path, mask: dict[str, torch.Tensor]) -> None:
-    """Write a mask as one safetensors file: (row, column) of the chosen weights, by the layer's path."""
+    """Write what :func:`mask_of` found as one safetensors file, by the layer's path."""
     save_file({key: places.to(torch.int32).contiguous() for key, places in mask.items()}, path)
 
 
 def load_mask(path: str) -> dict[str, torch.Tensor]:
-    """Read what :func:`save_mask` wrote. Raises :class:`UserError` that names the file."""
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: no mask file: {one_line(error)[:200]}; make one with `fedgraft methods mask`"
-        ) from None
+    """Read (row, column) of single weights by layer. Raises :class:`UserError` that names the file."""
+    found = _load(path)
     for key, places in found.items():
         if places.dim() != 2 or places.shape[1] != 2 or places.is_floating_point() or not len(places):
             raise UserError(f"{path}: {key} is no list of (row, column); `fedgraft methods mask` makes one")
     return found
+
+
+def load_kept(path: str) -> dict[str, torch.Tensor]:
+    """Read the rows, or columns, that stay of each layer. Raises :class:`UserError` that names the file."""
+    found = _load(path)
+    for key, kept in found.items():
+        if kept.dim() != 1 or kept.is_floating_point() or not bool((kept.diff() > 0).all()):
+            raise UserError(f"{path}: {key} is no list of rows; `fedgraft methods mask lora-prune` makes one")
+    return found
+
+
+def _load(path: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: no mask file: {one_line(error)[:200]}; make one with `fedgraft methods mask`"
+        ) from None

@@ -104,17 +104,23 @@ def show(
 
 @app.command()
 def mask(
-    name: Annotated[str, typer.Argument(help="The method that the mask is for: fish, child-tuning-d, sam, lt-sft.")],
+    name: Annotated[str, typer.Argument(help="The method: fish, child-tuning-d, sam, lt-sft, lora-prune.")],
     job: Annotated[Path, typer.Argument(help="The job file, with the model and the task.")],
     data: Annotated[Path, typer.Option(help="Records that everyone may see; none of them a patient's.")],
-    keep: Annotated[float, typer.Option(help="Share of the weights in linear layers that shall train.")] = 0.005,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the weights in linear layers that shall train, 0.005 unless set; for lora-prune, share of "
+            "the heads and channels that stay, 0.5 unless set."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("mask.safetensors"),
 ) -> None:
-    """Choose the weights that a sparse method trains, by records that everyone may see; every site gets the file."""
+    """Choose the weights that a method trains or keeps, by records that everyone may see; every site gets the file."""
     from ..core.config import load_config
     from ..core.records import read_table
     from ..core.tasks import create_task
-    from ..methods.importance import mask_of, save_mask
+    from ..methods.importance import KEEP, mask_of, save_mask
 
     config = load_config(job)
     table = read_table(data, config, trains=False)
@@ -124,10 +130,12 @@ def mask(
     examples = task.encode(table.inputs, labels, base.processor)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         going = bar.add_task("scoring the weights", total=None)
-        found = mask_of(name, base, task, examples, keep, lambda done, of: bar.update(going, completed=done, total=of))
+        share = KEEP.get(name, 1.0) if keep is None else keep
+        found = mask_of(name, base, task, examples, share, lambda done, of: bar.update(going, completed=done, total=of))
     save_mask(output, found)
     count = sum(len(places) for places in found.values())
-    print(f"{output}: {count:,} weights in {len(found)} layers, chosen by {len(examples):,} records")
+    what = "rows and columns that stay" if name == "lora-prune" else "weights"
+    print(f"{output}: {count:,} {what} in {len(found)} layers, chosen by {len(examples):,} records")
     print(f'use it:  [method] name = "{name}", mask = "{output}"')
     print("It tells of these records, without noise: no patient's may be among them.")
 

@@ -97,7 +97,7 @@ class Allocation(Steps):
         factors = [held[_ADAPTER] for layer in self.layers for held in (layer.lora_A, layer.lora_B)]
         for factor in factors if self.options.orth_reg_weight else ():
             if factor.grad is not None:
-                factor.grad += self.options.orth_reg_weight / len(factors) * _pull(factor.detach())
+                factor.grad += self.options.orth_reg_weight / len(factors) * pull(factor.detach())
 
     @torch.no_grad()
     def after(self, step: int) -> None:
@@ -107,12 +107,12 @@ class Allocation(Steps):
             e.mul_(mask[:, None].to(e))
 
 
-def _pull(factor: torch.Tensor) -> torch.Tensor:
+def pull(factor: torch.Tensor) -> torch.Tensor:
     """The gradient of |P P^T - 1|_F for a wide P, or of |P^T P - 1|_F for a tall one."""
     rows = factor if factor.shape[0] <= factor.shape[1] else factor.T
     off = rows @ rows.T - torch.eye(len(rows)).to(rows)
-    pull = 2 * off @ rows / off.norm().clamp(min=1e-12)
-    return pull if rows is factor else pull.T
+    found = 2 * off @ rows / off.norm().clamp(min=1e-12)
+    return found if rows is factor else found.T
 
 
 register(

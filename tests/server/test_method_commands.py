@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedgraft.core.errors import UserError
-from fedgraft.methods import create_method, methods
-from fedgraft.methods.importance import load_mask
+from fedgraft.methods import create_method, methods, pruning
+from fedgraft.methods.importance import load_kept, load_mask
 from fedgraft.server.method_card import count, count_of, options
 from fedgraft.server.method_commands import app, short, size_of
 from fedgraft.server.traffic import skeleton
@@ -87,6 +87,24 @@ def test_a_mask_is_made_of_a_file_that_everyone_may_see(tiny_federation: Any, tm
         said("mask", "fish", str(job), "--data", str(public), "--keep", "0", "-o", str(output))
     with pytest.raises(UserError, match="method lora takes no mask; choose fish"):
         said("mask", "lora", str(job), "--data", str(public), "-o", str(output))
+
+
+def test_heads_and_channels_that_stay_are_chosen_by_the_same_command(
+    tiny_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "_STEPS", 20)
+    job, public, config = tmp_path / "job.toml", tmp_path / "public.csv", tiny_federation.config()
+    public.write_text("\n".join(Path(tiny_federation.table).read_text().splitlines()[:9]) + "\n")
+    labels = ", ".join(json.dumps(label) for label in config.task.labels)
+    job.write_text(
+        f'model = "{tiny_federation.model}"\n[task]\nname = "{config.task.name}"\nlabels = [{labels}]\n'
+        f'[data]\npath = "{tiny_federation.table}"\nsites = ["a", "b"]\n'
+    )
+    output = tmp_path / "mask.safetensors"
+    text = said("mask", "lora-prune", str(job), "--data", str(public), "-o", str(output))
+    # Half of 32 rows in four layers of an attention, and of 64 channels in two, in each of two transformer layers.
+    assert {len(rows) for rows in load_kept(str(output)).values()} == {16, 32}
+    assert "256 rows and columns that stay in 12 layers, chosen by 8 records" in text
 
 
 def test_the_parts_of_a_count_are_told_apart() -> None:
