@@ -6,6 +6,7 @@ A mask tells of the records that it was made of, without noise; none of them may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ..core.basemodel import BaseModel
 from ..core.errors import UserError, one_line
 from ..core.tasks import Example, Task
 from .anatomy import dense_weight, is_turned, layers_of
+from .biases import kept_biases
 from .pruning import kept_units
 
 #: Called with how many of how many steps are done.
@@ -104,8 +106,14 @@ RULES: dict[str, Callable[[BaseModel, Task, Sequence[Example], Told], dict[str, 
     "sam": squared_gradient,
     "lt-sft": change,
 }
-#: What a mask leaves unless one says otherwise, by the method: of weights that train, or of heads and channels.
-KEEP: dict[str, float] = {**dict.fromkeys(RULES, 0.005), "lora-prune": 0.5}
+#: The searches of methods that keep whole rows or columns, or numbers of biases, called with the share to keep.
+SEARCHES: dict[str, Callable[[BaseModel, Task, Sequence[Example], float, Told], dict[str, torch.Tensor]]] = {
+    "lora-prune": kept_units,
+    "s-bitfit": partial(kept_biases, whole=True),
+    "u-bitfit": partial(kept_biases, whole=False),
+}
+#: What a mask leaves unless one says otherwise: of weights, of heads and channels, of the numbers of biases.
+KEEP: dict[str, float] = {**dict.fromkeys(RULES, 0.005), "lora-prune": 0.5, "s-bitfit": 0.1, "u-bitfit": 0.1}
 
 
 def most(scores: dict[str, torch.Tensor], keep: float, turned: Iterable[str] = ()) -> dict[str, torch.Tensor]:
@@ -132,7 +140,8 @@ def mask_of(
 ) -> dict[str, torch.Tensor]:
     """The weights that ``method`` would train, a share ``keep`` of those in linear layers: (row, column) by layer.
 
-    For ``lora-prune`` the rows, or the columns, that stay of each layer: a share ``keep`` of the heads and channels.
+    For ``lora-prune`` the rows, or the columns, that stay of each layer: a share ``keep`` of the heads and channels;
+    for ``s-bitfit`` and ``u-bitfit`` the numbers of each layer's bias that train, a share ``keep`` of all.
     """
     if method not in KEEP:
         raise UserError(f"method {method} takes no mask; choose {', '.join(KEEP)}")
@@ -140,8 +149,8 @@ def mask_of(
         raise UserError("there is no record to make a mask of; name a file with some")
     if not 0 < keep <= 1:
         raise UserError(f"the share to keep is {keep:g}; set it above 0, and to 1 at most")
-    if method not in RULES:
-        return kept_units(base, task, examples, keep, told)
+    if method in SEARCHES:
+        return SEARCHES[method](base, task, examples, keep, told)
     modules = dict(base.model.named_modules())
     scores = RULES[method](base, task, examples, told)
     return most(scores, keep, [path for path in scores if is_turned(modules[path])])
@@ -162,11 +171,11 @@ def load_mask(path: str) -> dict[str, torch.Tensor]:
 
 
 def load_kept(path: str) -> dict[str, torch.Tensor]:
-    """Read the rows, or columns, that stay of each layer. Raises :class:`UserError` that names the file."""
+    """Read what is kept of each layer: rows, columns, numbers of a bias. Raises :class:`UserError` naming the file."""
     found = _load(path)
     for key, kept in found.items():
         if kept.dim() != 1 or kept.is_floating_point() or not bool((kept.diff() > 0).all()):
-            raise UserError(f"{path}: {key} is no list of rows; `fedgraft methods mask lora-prune` makes one")
+            raise UserError(f"{path}: {key} is no list of rows; `fedgraft methods mask` makes one")
     return found
 
 

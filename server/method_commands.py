@@ -104,14 +104,14 @@ def show(
 
 @app.command()
 def mask(
-    name: Annotated[str, typer.Argument(help="The method: fish, child-tuning-d, sam, lt-sft, lora-prune.")],
+    name: Annotated[str, typer.Argument(help="fish, child-tuning-d, sam, lt-sft, lora-prune, s-bitfit or u-bitfit.")],
     job: Annotated[Path, typer.Argument(help="The job file, with the model and the task.")],
     data: Annotated[Path, typer.Option(help="Records that everyone may see; none of them a patient's.")],
     keep: Annotated[
         float | None,
         typer.Option(
-            help="Share of the weights in linear layers that shall train, 0.005 unless set; for lora-prune, share of "
-            "the heads and channels that stay, 0.5 unless set."
+            help="Share of the weights in linear layers that shall train, 0.005 unless set; for lora-prune, of the "
+            "heads and channels that stay (0.5); for the BitFits, of the biases' numbers (0.1)."
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("mask.safetensors"),
@@ -134,7 +134,7 @@ def mask(
         found = mask_of(name, base, task, examples, share, lambda done, of: bar.update(going, completed=done, total=of))
     save_mask(output, found)
     count = sum(len(places) for places in found.values())
-    what = "rows and columns that stay" if name == "lora-prune" else "weights"
+    what = {"lora-prune": "rows and columns that stay", "s-bitfit": "biases", "u-bitfit": "biases"}.get(name, "weights")
     print(f"{output}: {count:,} {what} in {len(found)} layers, chosen by {len(examples):,} records")
     print(f'use it:  [method] name = "{name}", mask = "{output}"')
     print("It tells of these records, without noise: no patient's may be among them.")

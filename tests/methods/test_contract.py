@@ -12,7 +12,10 @@ from fedgraft.methods import Method, create_method, methods
 from fedgraft.simulations.contract.suite import contract_of
 
 #: Methods that need more than a model to attach to; their own tests hold them to the contract.
-APART = {"adapterfusion", "attempt", "full", "spot", "fish", "child-tuning-d", "sam", "lt-sft", "lora-prune"}
+APART = {"adapterfusion", "attempt", "full", "spot", "fish", "child-tuning-d", "sam", "lt-sft", "lora-prune"} | {
+    "s-bitfit",
+    "u-bitfit",
+}
 
 
 class OnFewFamilies:
