@@ -43,6 +43,8 @@ OWN_RATES = dict.fromkeys(("full", "freeze-layers", "child-tuning-f"), (1e-4, 3e
 OWN: dict[str, list[str]] = {
     name: ["train.micro_batch=16"] for name in ("full", "child-tuning-f", "diff-pruning", "threshold-mask")
 }
+#: The methods that begin with trained adapters: of which method, and the seeds of the runs that train them.
+EXPERTS = {"adapterfusion": ("lora", (8, 9)), "attempt": ("prompt", (8, 9)), "spot": ("prompt", (8,))}
 _PATIENCE = 900
 
 
@@ -52,8 +54,6 @@ def mask(name: str, folder: Path) -> list[str]:
     from fedgraft.methods.importance import KEEP, mask_of, save_mask
     from fedgraft.simulations.scenario import load_scenario, site_data
 
-    if name not in KEEP:
-        return []
     config = load_scenario("hospitals-icd10", SMALL)
     site = next(iter(site_data(config).values()))
     task = create_task(config.task)
@@ -64,7 +64,26 @@ def mask(name: str, folder: Path) -> list[str]:
     return [f"method.mask={folder / 'mask.safetensors'}"]
 
 
-def one(name: str, mode: str) -> dict[str, Any]:
+def experts(name: str, folder: Path) -> list[str]:
+    """The setting of the adapters that a method begins with: of other federations on the same task, without privacy."""
+    from fedgraft.simulations.run import simulate
+    from fedgraft.simulations.scenario import load_scenario
+
+    kind, seeds = EXPERTS[name]
+    for seed in seeds:
+        settings = [*SMALL, *MODES["none"], f"method.name={kind}", "train.lr=1.6e-2", f"seed={seed}"]
+        simulate(load_scenario("hospitals-icd10", settings), folder / str(seed))
+    return [f"method.experts={json.dumps([str(folder / str(seed) / 'adapter') for seed in seeds])}"]
+
+
+def prepare(name: str, folder: Path) -> list[str]:
+    """The settings of files that a method needs, made in ``folder``."""
+    from fedgraft.methods.importance import KEEP
+
+    return mask(name, folder) if name in KEEP else experts(name, folder) if name in EXPERTS else []
+
+
+def one(name: str, mode: str, *prepared: str) -> dict[str, Any]:
     """All rates of one method in this process."""
     import torch
 
@@ -75,12 +94,10 @@ def one(name: str, mode: str) -> dict[str, Any]:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     runs: list[dict[str, Any]] = []
-    masks = tempfile.TemporaryDirectory()
-    masked = mask(name, Path(masks.name))
     for rate in OWN_RATES.get(name, RATES):
         config = load_scenario(
             "hospitals-icd10",
-            [*SMALL, *MODES[mode], *OWN.get(name, ()), *masked, f"method.name={name}", f"train.lr={rate}"],
+            [*SMALL, *MODES[mode], *OWN.get(name, ()), *prepared, f"method.name={name}", f"train.lr={rate}"],
         )
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -113,15 +130,21 @@ def one(name: str, mode: str) -> dict[str, Any]:
 
 def apart(name: str, mode: str) -> dict[str, Any]:
     """:func:`one` in a process of its own, so that its memory is its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--one", name, mode]
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = _told("--prepare", name, folder)
+        return _told("--one", name, mode, *prepared) if isinstance(prepared, list) else prepared
+
+
+def _told(*arguments: str) -> Any:
+    """What this file prints when it is called with ``arguments``, or why it does not."""
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         return {"refused": f"not done within {_PATIENCE} s"}
     if done.returncode:
         return {"refused": (done.stderr.strip().splitlines() or ["it died"])[-1][:300]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def table(results: dict[str, Any]) -> None:
@@ -215,8 +238,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side; set OMP_NUM_THREADS to match")
     parser.add_argument("--until", default="", help="begin no run after this time of day, such as 17:05")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.prepare:
+        print(json.dumps(prepare(given.prepare[0], Path(given.prepare[1]))))
+        return
     if given.one:
         print(json.dumps(one(*given.one)))
         return
