@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ methods = ["lora", "rslora"]   # see `fedgraft methods`
 strategies = ["fedit", "ffa"]  # see `fedgraft strategies`; one of any module, "flwr:MODULE:CLASS", no * alone allows
 engines = ["exact"]            # who computes gradients: exact (fedgraft's own), opacus
 tensors = ["*.lora_[AB].*", "*classifier*", "*score*"] # the trained tensors that may leave, by name
+files = []                     # what a job may have the site open beside the data: method.mask, method.experts
 
 [metrics]                      # what else may leave: "none", "noised" (the ledger pays), "exact"
 evaluation = "noised"          # counts over people who were held out
@@ -86,6 +88,7 @@ methods = ["*"]
 strategies = ["*", "flwr:*"]
 engines = ["*"]
 tensors = ["*"]
+files = ["*"]
 [metrics]
 evaluation = "exact"
 training_loss = "exact"
@@ -124,6 +127,7 @@ class Allow(Section):
     strategies: tuple[str, ...]
     engines: tuple[str, ...]
     tensors: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 class Metrics(Section):
@@ -319,6 +323,10 @@ class Policy:
             yield no(f"the job's base model has the fingerprint {fingerprint}", "allow", "base_models")
         if not _listed(config.method.name, self.allow.methods):
             yield no(f"the job's method is {config.method.name}", "allow", "methods")
+        for key, path in (("mask", config.method.mask), *(("experts", path) for path in config.method.experts)):
+            # Whether a file is there, and what is wrong with it, is told in a refusal. `..` must not leave a folder.
+            if path and not _listed(os.path.normpath(path), self.allow.files):
+                yield no(f"the job has the site open {path} (method.{key})", "allow", "files")
         # A strategy of somebody's own module is code: a pattern for all names does not stand for it.
         own = config.strategy.startswith(_MODULE) and config.strategy.count(":") > 1
         if not _listed(config.strategy, [p for p in self.allow.strategies if p.startswith(_MODULE) or not own]):

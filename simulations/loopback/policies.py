@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 
 from ...core.config import RunConfig
@@ -34,6 +35,7 @@ methods = ["{config.method.name}"]
 strategies = ["{config.strategy}"]
 engines = ["{privacy.engine}"]
 tensors = ["*"]
+files = {json.dumps([glob.escape(path) for path in (config.method.mask, *config.method.experts) if path])}
 
 [metrics]
 evaluation = "{"exact" if released == "exact_not_private" else released}"

@@ -57,6 +57,8 @@ FORBIDDEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "seeded noise": ({"privacy.seeded_noise_not_private": True}, "secret_noise", "noise comes from its seed"),
     "another engine": ({"privacy.engine": "opacus"}, "engines", "privacy.engine opacus"),
     "another method": ({"method.name": "bitfit"}, "methods", "method is bitfit"),
+    "a file of the site": ({"method.mask": "/data/mask"}, "files", "open /data/mask (method.mask)"),
+    "a folder of the site": ({"method.experts": ["/data/adapter"]}, "files", "open /data/adapter (method.experts)"),
     "another strategy": ({"strategy": "krum"}, "strategies", "strategy is krum"),
     "raw metrics": ({"evaluate.release": "exact_not_private"}, "evaluation", "counts that are exact_not_private"),
 }
@@ -72,6 +74,19 @@ def test_what_is_not_allowed_is_refused_with_the_line_that_forbids_it(job: Any, 
     assert str(objection).startswith(f"the site's policy forbids it, line {number} ({key.strip()} = ")
     assert objection.rule.text == FULL.splitlines()[number - 1].strip()
     assert objection.rule.file == "/srv/site/policy.toml" and "/srv" not in str(objection)
+
+
+def test_a_listed_folder_is_not_left_by_its_parent(job: Any) -> None:
+    text = FULL.replace("files = []", 'files = ["/srv/masks/*"]')
+    assert objections(job(**{"method.mask": "/srv/masks/fish.safetensors"}), text) == []
+    (objection,) = objections(job(**{"method.mask": "/srv/masks/../ledger.safetensors"}), text)
+    assert objection.rule.line == line(text, "files")
+
+
+def test_a_policy_that_says_nothing_of_files_opens_none(job: Any) -> None:
+    text = "\n".join(row for row in FULL.splitlines() if not row.startswith("files"))
+    (objection,) = objections(job(**{"method.mask": "/srv/mask.safetensors"}), text)
+    assert str(objection).startswith("the site's policy forbids it, the default files = []: ")
 
 
 def test_another_base_model_is_refused_and_its_fingerprint_told(job: Any) -> None:
@@ -255,12 +270,12 @@ BROKEN: dict[str, tuple[str, str]] = {
     "no TOML": (FULL.replace("[allow]", "[allow"), "not valid TOML"),
     "empty": ("", "`dataset` is missing"),
     "unknown key": (FULL.replace("max_delta", "max_dleta"), "line 13: unknown key `dataset.1.max_dleta`"),
-    "unknown section": (FULL + "[extra]\nx = 1\n", "line 37: unknown key `extra`"),
+    "unknown section": (FULL + "[extra]\nx = 1\n", "line 38: unknown key `extra`"),
     "missing key": (FULL.replace('engines = ["exact"]', ""), "line 15: `allow.engines` is missing"),
     "missing section": (FULL.replace("[metrics]", "[metricks]"), "unknown key `metricks`"),
     "text for a number": (FULL.replace("= 8.0", '= "8"'), "line 11: `dataset.1.max_epsilon`: Input should be a valid"),
     "number for a list": (FULL.replace("base_models = [", "base_models = 1 # ["), "line 16: `allow.base_models`"),
-    "one for true": (FULL.replace("dp = true", "dp = 1"), "line 28: `require.dp`: Input should be a valid boolean"),
+    "one for true": (FULL.replace("dp = true", "dp = 1"), "line 29: `require.dp`: Input should be a valid boolean"),
     "true for a number": (FULL.replace("= 200", "= true"), "line 10: `dataset.1.min_units`"),
     "part of a patient": (FULL.replace("= 200", "= 1.5"), "line 10: `dataset.1.min_units`"),
     "nothing": (FULL.replace("= 200", "= 0"), "line 10: `dataset.1.min_units`"),
@@ -268,7 +283,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     "no epsilon": (FULL.replace("= 8.0", "= nan"), "line 11: `dataset.1.max_epsilon`"),
     "a delta that promises nothing": (FULL.replace("1e-5", "1.0"), "line 13: `dataset.1.max_delta`"),
     "patients without a column": (FULL.replace('column = "patient"', 'column = ""'), "needs the patient_column"),
-    "metrics": (FULL.replace('evaluation = "noised"', 'evaluation = "all"'), "line 23: `metrics.evaluation`"),
+    "metrics": (FULL.replace('evaluation = "noised"', 'evaluation = "all"'), "line 24: `metrics.evaluation`"),
     "two of one name": (TWO.replace("discharge-scans", "discharge-letters"), "two datasets have the same name"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fedgraft.client.data import Records, read_records
+from fedgraft.client.policy import Policy
 from fedgraft.core.config import RunConfig
 from fedgraft.core.errors import UserError
 from fedgraft.core.tasks import create_task
@@ -36,6 +37,19 @@ def test_the_files_hold_what_the_sites_were_dealt(tmp_path: Path) -> None:
         assert list(read.patients or ()) == [str(key) for key in dealt.train.patients or ()]
         assert (tmp_path / "data" / name / "records.jsonl").stat().st_mode & 0o777 == 0o600
         assert f'path = "{job.site(name).path}"' in policy_for(job, name)
+
+
+def test_a_development_site_opens_the_files_of_its_job_and_no_others(tmp_path: Path) -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    settings = ["data.max_per_class=20", "data.sites=3", "method.name=fish", "method.mask=/tmp/[a]/mask"]
+    job = with_files(load_scenario("hospitals-icd10", settings), tmp_path / "data")
+    name = job.site_names[0]
+    policy = Policy(policy_for(job, name), "policy.toml")
+    dataset = policy.dataset_of(job, name)
+    assert list(policy.objections(job, "ab" * 32, dataset)) == []
+    other = job.model_copy(update={"method": job.method.model_copy(update={"mask": "/tmp/a/mask"})})
+    (objection,) = policy.objections(other, "ab" * 32, dataset)
+    assert "/tmp/a/mask" in str(objection)
 
 
 def test_images_are_written_as_they_are(tmp_path: Path) -> None:
