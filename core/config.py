@@ -85,7 +85,7 @@ class MethodConfig(Section):
     experts: tuple[str, ...] = Field(
         (), fail_fast=True, description="PEFT folders of the adapters that adapterfusion attends over"
     )
-    mask: str = Field("", description="file that names the weights to train, from `fedgraft methods mask`")
+    mask: str = Field("", description="file that names the weights to train or keep, from `fedgraft methods mask`")
     options: dict[str, Any] = Field(
         default_factory=dict, description="options of the method's own, see `fedgraft methods show NAME`"
     )

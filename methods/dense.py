@@ -26,11 +26,11 @@ class WeightChange(Part):
 
     def forward(self, base: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = base(x, *args, **kwargs)
-        change = self.change(_upright(base))
+        change = self.change(upright(base))
         return y + F.linear(x.to(change.dtype), change).to(y.dtype)
 
     def merged(self, base: nn.Module) -> Mapping[str, torch.Tensor]:
-        change = self.change(_upright(base))
+        change = self.change(upright(base))
         return {"weight": dense_weight(base) + (change.T if is_turned(base) else change)}
 
 
@@ -57,7 +57,7 @@ class FreeChange(Part):
         return found
 
 
-def _upright(base: nn.Module) -> torch.Tensor:
+def upright(base: nn.Module) -> torch.Tensor:
     """The frozen weight as (outputs, inputs)."""
     weight = dense_weight(base).detach()
     return weight.T if is_turned(base) else weight

@@ -18,7 +18,8 @@ from torch import nn
 from ..core.basemodel import BaseModel
 from ..core.errors import UserError
 from ..core.tasks import Example, Task
-from .anatomy import Attention, dense_weight, is_turned, layers_of, shape_of
+from .anatomy import Attention, dense_weight, layers_of, shape_of
+from .dense import upright
 
 _STEPS, _EVERY, _BATCH, _RATE = 100, 10, 16, 3e-4
 _RANK, _SCALE, _MEMORY, _EDGE = 8, 2.0, 0.9, 0.1
@@ -83,7 +84,7 @@ def _attention(attention: Attention, modules: Mapping[str, nn.Module], heads: An
     return Block(rows, {attention.output: own})
 
 
-def importance(
+def criterion(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """[(dL/dB A + B dL/dA - dL/dB dL/dA) * (W0 + s B A)]^2, (m, n): the first is what a step does to B A."""
@@ -149,9 +150,8 @@ class _Trial:
         for block in self.blocks:
             dense = {}
             for path in block.sides:
-                weight, a, b = dense_weight(self.layers[path]), self.a[path], self.b[path]
-                weight = weight.T if is_turned(self.layers[path]) else weight
-                dense[path] = importance(weight, a, b, _gradient(a), _gradient(b), _SCALE)
+                a, b = self.a[path], self.b[path]
+                dense[path] = criterion(upright(self.layers[path]), a, b, _gradient(a), _gradient(b), _SCALE)
             found.append(block.scores(dense).cpu())
         return found
 
@@ -212,6 +212,8 @@ def kept_units(
                 parameter.copy_(first)
                 parameter.requires_grad_(False)
                 parameter.grad = None
+    if not all(bool(mean.isfinite().all()) for mean in means):
+        raise UserError("the loss of these records is not finite; choose others to make a mask of")
     kept = {}
     for block, stay in zip(trial.blocks, trial.stay, strict=True):
         kept.update(block.kept(stay))

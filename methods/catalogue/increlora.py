@@ -76,7 +76,7 @@ def budget(step: int, total: int, first: int, last: int, options: IncreLoraOptio
     start, end = options.warmup * total, (1 - options.final) * total
     if step >= end:
         return last
-    return first + int((last - first) * max(0.0, step - start) / (end - start)) if end > start else first
+    return first if step <= start else first + int((last - first) * (step - start) / (end - start))
 
 
 def importance(layer: Any) -> float:
@@ -141,16 +141,16 @@ class Growth(Steps):
     def gradients(self, step: int) -> None:
         weight = self.options.orth_reg_weight / (2 * len(self.layers))
         for layer, live in zip(self.layers, self.live, strict=True):
-            for factor, side in ((layer.lora_A[_ADAPTER], 0), (layer.lora_B[_ADAPTER], 1)):
+            for factor, turned in ((layer.lora_A[_ADAPTER], False), (layer.lora_B[_ADAPTER], True)):
                 if factor.grad is None:
                     continue
-                at = live.to(factor.device)
-                kept = at[:, None] if side == 0 else at
-                pulled = torch.zeros_like(factor)
+                rows, gradient = factor.detach(), factor.grad
+                if turned:
+                    rows, gradient = rows.T, gradient.T
+                at = live.to(rows.device)
+                gradient[~at] = 0.0
                 if weight:
-                    part = factor.detach()[at] if side == 0 else factor.detach()[:, at]
-                    pulled[at if side == 0 else (slice(None), at)] = weight * pull(part)
-                factor.grad = factor.grad * kept + pulled
+                    gradient[at] += weight * pull(rows[at])
 
     def after(self, step: int) -> None:
         self._hold(_ADVANCE)

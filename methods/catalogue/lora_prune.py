@@ -19,7 +19,8 @@ from ...core.basemodel import BaseModel
 from ...core.config import MethodConfig
 from ...core.errors import UserError
 from ...core.tasks import Task
-from ..anatomy import dense_weight, is_turned, shape_of
+from ..anatomy import is_turned, shape_of
+from ..dense import upright
 from ..grafts import GraftConfig, Part, Setting, graft_config
 from ..importance import load_kept
 from ..pruning import blocks_of
@@ -57,11 +58,9 @@ class PrunedLayer(Part):
         added: torch.Tensor = self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
         return added
 
-    def whole(self, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """W0 as (outputs, inputs), and s B A of what is left."""
-        weight = dense_weight(base).detach()
-        change = self.scale * self.lora_B.weight @ self.lora_A.weight
-        return weight.T if is_turned(base) else weight, change
+    def change(self) -> torch.Tensor:
+        """s B A, of what is left."""
+        return self.scale * self.lora_B.weight @ self.lora_A.weight
 
 
 class PrunedRows(PrunedLayer):
@@ -77,8 +76,8 @@ class PrunedRows(PrunedLayer):
         return torch.zeros_like(y).index_copy(-1, at, left)
 
     def merged(self, base: nn.Module) -> Mapping[str, torch.Tensor]:
-        (weight, change), at = self.whole(base), self.at(self.outputs)
-        pruned = torch.zeros_like(weight).index_copy(0, at, weight[at] + change)
+        weight, at = upright(base), self.at(self.outputs)
+        pruned = torch.zeros_like(weight).index_copy(0, at, weight[at] + self.change())
         found = {"weight": pruned.T if is_turned(base) else pruned}
         bias: Any = getattr(base, "bias", None)
         if bias is not None:
@@ -99,8 +98,8 @@ class PrunedColumns(PrunedLayer):
         return y + self.added(left).to(y.dtype)
 
     def merged(self, base: nn.Module) -> Mapping[str, torch.Tensor]:
-        (weight, change), at = self.whole(base), self.at(self.inputs)
-        pruned = torch.zeros_like(weight).index_copy(1, at, weight[:, at] + change)
+        weight, at = upright(base), self.at(self.inputs)
+        pruned = torch.zeros_like(weight).index_copy(1, at, weight[:, at] + self.change())
         return {"weight": pruned.T if is_turned(base) else pruned}
 
 

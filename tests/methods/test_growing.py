@@ -51,7 +51,9 @@ def in_use(steps: Growth) -> list[int]:
 def test_the_budget_rises_evenly_between_the_warm_up_and_the_end() -> None:
     options = IncreLoraOptions(warmup=0.1, final=0.5)
     assert [budget(step, 100, 4, 16, options) for step in (0, 10, 20, 30, 49, 50, 99)] == [4, 4, 7, 10, 15, 16, 16]
-    assert budget(5, 100, 4, 16, IncreLoraOptions(warmup=0.9, final=0.9)) == 4
+    # No time to grow in: all at once.
+    late = IncreLoraOptions(warmup=0.6, final=0.5)
+    assert [budget(step, 100, 4, 16, late) for step in (49, 50)] == [4, 16]
 
 
 def test_a_layers_importance_is_the_mean_square_of_its_change(lab: Any) -> None:
@@ -78,7 +80,7 @@ def test_the_most_important_layers_gain_what_is_due(lab: Any) -> None:
         want[at] += 2
     steps = start(adapter)
     assert in_use(steps) == want
-    # A new component begins at the reserve's lambda, and the reserve behind it is as long as what is gained at once.
+    # The reserve is as long as what is gained at once; what waits behind it is of no effect.
     for layer, used, live in zip(layers(adapter), steps.used, steps.live, strict=True):
         assert int(live.sum()) == int(used.sum()) + 2
         e = parts(layer)[2]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from fedgraft.core.errors import UserError
 from fedgraft.methods import pruning
 from fedgraft.methods.importance import save_mask
-from fedgraft.methods.pruning import Block, blocks_of, importance, kept_units, sparsity
+from fedgraft.methods.pruning import Block, blocks_of, criterion, kept_units, sparsity
 from fedgraft.simulations.contract.suite import CASES, MethodContract, laboratory
 
 BERT = ("bert", "sequence-classification")
@@ -66,7 +66,7 @@ def test_the_criterion_is_what_a_step_does_to_the_product_times_the_weight() -> 
     torch.manual_seed(0)
     w, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 7), (2, 7), (5, 2)))
     da, db = torch.randn_like(a), torch.randn_like(b)
-    got = importance(w, a, b, da, db, 2.0)
+    got = criterion(w, a, b, da, db, 2.0)
     for i in range(5):
         for j in range(7):
             step = float(b[i] @ a[:, j] - (b - db)[i] @ (a - da)[:, j])
