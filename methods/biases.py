@@ -15,8 +15,9 @@ from ..core.basemodel import BaseModel
 from ..core.errors import UserError
 from ..core.tasks import Example, Task
 from .pruning import sparsity
+from .rehearsal import head_of, losses, rehearsed
 
-_STEPS, _EVERY, _BATCH, _RATE, _MEMORY = 100, 10, 16, 1e-3, 0.9
+_STEPS, _EVERY, _RATE, _MEMORY = 100, 10, 1e-3, 0.9
 
 
 def biases_of(base: BaseModel) -> dict[str, nn.Parameter]:
@@ -73,21 +74,15 @@ def kept_biases(
     """
     steps = steps or _STEPS
     biases = biases_of(base)
-    head = [p for name in base.head for p in base.model.get_submodule(name).parameters()]
-    trained = [*biases.values(), *head]
-    before = [p.detach().clone() for p in trained]
-    first = dict(zip(biases, before, strict=False))
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    trained = [*biases.values(), *head_of(base)]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
-    order = torch.Generator().manual_seed(0)
     means = {path: torch.zeros(bias.numel(), dtype=torch.float64) for path, bias in biases.items()}
     stay = {path: torch.arange(bias.numel()) for path, bias in biases.items()}
-    try:
-        for step in range(1, steps + 1):
-            at = torch.randint(len(examples), (_BATCH,), generator=order).tolist()
+    with rehearsed(trained) as before:
+        first = dict(zip(biases, before, strict=False))
+        for step, loss in enumerate(losses(base, task, examples, steps), 1):
             optimizer.zero_grad(set_to_none=True)
-            task.losses(base.model, task.collate([examples[i] for i in at], base.processor)).mean().backward()
+            loss.backward()
             with torch.no_grad():
                 for path, bias in biases.items():
                     gradient = torch.zeros_like(bias) if bias.grad is None else bias.grad
@@ -102,12 +97,8 @@ def kept_biases(
                     left[stay.get(path, torch.zeros(0, dtype=torch.long))] = 1.0
                     bias.copy_(first[path] + left * (bias - first[path]))
             told(step, steps)
-    finally:
-        with torch.no_grad():
-            for parameter, start in zip(trained, before, strict=True):
-                parameter.copy_(start)
-                parameter.requires_grad_(False)
-                parameter.grad = None
+    if not all(bool(mean.isfinite().all()) for mean in means.values()):
+        raise UserError("the loss of these records is not finite; choose others to make a mask of")
     return stay
 
 

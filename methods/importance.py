@@ -20,10 +20,11 @@ from ..core.tasks import Example, Task
 from .anatomy import dense_weight, is_turned, layers_of
 from .biases import kept_biases
 from .pruning import kept_units
+from .rehearsal import head_of, losses, rehearsed
 
 #: Called with how many of how many steps are done.
 Told = Callable[[int, int], None]
-_STEPS, _BATCH, _RATE = 60, 16, 2e-4
+_STEPS, _RATE = 60, 2e-4
 
 
 def _weights(base: BaseModel) -> dict[str, nn.Parameter]:
@@ -54,26 +55,16 @@ def change(base: BaseModel, task: Task, examples: Sequence[Example], told: Told)
     Source: Ansell et al. 2022, arXiv 2110.07560, section 3.1 (lottery-ticket sparse fine-tuning).
     """
     weights = _weights(base)
-    head = [p for name in base.head for p in base.model.get_submodule(name).parameters()]
-    before = {id(p): p.detach().clone() for p in (*weights.values(), *head)}
-    for parameter in (*weights.values(), *head):
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([*weights.values(), *head], lr=_RATE)
-    order = torch.Generator().manual_seed(0)
-    for step in range(_STEPS):
-        at = torch.randint(len(examples), (_BATCH,), generator=order).tolist()
-        loss = task.losses(base.model, task.collate([examples[i] for i in at], base.processor)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        told(step + 1, _STEPS)
-    with torch.no_grad():
-        found = {path: (weight - before[id(weight)]).abs() for path, weight in weights.items()}
-        for parameter in (*weights.values(), *head):
-            parameter.copy_(before[id(parameter)])
-            parameter.requires_grad_(False)
-            parameter.grad = None
-    return found
+    trained = [*weights.values(), *head_of(base)]
+    optimizer = torch.optim.AdamW(trained, lr=_RATE)
+    with rehearsed(trained) as before:
+        for step, loss in enumerate(losses(base, task, examples, _STEPS), 1):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            told(step, _STEPS)
+        pairs = zip(weights.items(), before, strict=False)
+        return {path: (weight.detach() - first).abs() for (path, weight), first in pairs}
 
 
 def _summed(

@@ -8,6 +8,7 @@ layers and the last one, takes |.| for the square and divides by norms, here the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from ..core.errors import UserError
 from ..core.tasks import Example, Task
 from .anatomy import Attention, dense_weight, layers_of, shape_of
 from .dense import upright
+from .rehearsal import head_of, losses, rehearsed
 
-_STEPS, _EVERY, _BATCH, _RATE = 100, 10, 16, 3e-4
+_STEPS, _EVERY, _RATE = 100, 10, 3e-4
 _RANK, _SCALE, _MEMORY, _EDGE = 8, 2.0, 0.9, 0.1
 
 
@@ -187,31 +189,19 @@ def kept_units(
     """
     steps = steps or _STEPS
     trial = _Trial(base.model, blocks_of(base.model))
-    head = [p for name in base.head for p in base.model.get_submodule(name).parameters()]
-    before = [p.detach().clone() for p in head]
-    for parameter in head:
-        parameter.requires_grad_(True)
+    head = head_of(base)
     optimizer = torch.optim.AdamW([*trial.a.values(), *trial.b.values(), *head], lr=_RATE)
-    order = torch.Generator().manual_seed(0)
     means = [torch.zeros(block.units, dtype=torch.float64) for block in trial.blocks]
-    try:
-        for step in range(1, steps + 1):
-            at = torch.randint(len(examples), (_BATCH,), generator=order).tolist()
+    with rehearsed(head), closing(trial):
+        for step, loss in enumerate(losses(base, task, examples, steps), 1):
             optimizer.zero_grad(set_to_none=True)
-            task.losses(base.model, task.collate([examples[i] for i in at], base.processor)).mean().backward()
+            loss.backward()
             for mean, scores in zip(means, trial.scores(), strict=True):
                 mean.mul_(_MEMORY).add_((1 - _MEMORY) * scores.double())
             if step % _EVERY == 0 or step == steps:
                 trial.prune(means, sparsity(step, steps, 1 - keep))
             optimizer.step()
             told(step, steps)
-    finally:
-        trial.close()
-        with torch.no_grad():
-            for parameter, first in zip(head, before, strict=True):
-                parameter.copy_(first)
-                parameter.requires_grad_(False)
-                parameter.grad = None
     if not all(bool(mean.isfinite().all()) for mean in means):
         raise UserError("the loss of these records is not finite; choose others to make a mask of")
     kept = {}
