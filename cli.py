@@ -38,6 +38,7 @@ from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
 from .simulations.loopback.commands import app as dev
 from .simulations.preview.commands import app as scenarios
+from .simulations.search import commands as _search  # noqa: F401
 from .simulations.sweep.commands import compare, sweep
 
 if TYPE_CHECKING:

@@ -283,3 +283,72 @@ def test_a_place_of_s4_has_an_update_a_bias_and_an_adapter_in_this_order(lab: An
     y = base(x) + part.shift
     down, up = part.bottleneck.down, part.bottleneck.up
     close(behind(x), y + torch.nn.functional.gelu(y @ down.weight.T + down.bias) @ up.weight.T + up.bias)
+
+
+def narrow(bottleneck: Any, x: torch.Tensor) -> torch.Tensor:
+    """U relu(D x + b) + c of one word, a number at a time."""
+    down, up = bottleneck.down, bottleneck.up
+    inner = [max(0.0, float((row * x).sum() + bias)) for row, bias in zip(down.weight, down.bias, strict=True)]
+    return sum((v * column for v, column in zip(inner, up.weight.T, strict=True)), up.bias.clone())
+
+
+def normalised(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean()) / (x.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("serial", "parallel"), [(3, 5), (3, 0), (0, 5)])
+def test_autopeft_adds_both_adapters_before_the_norm_of_bert(lab: Any, serial: int, parallel: int) -> None:
+    sizes = {"serial": serial, "parallel": parallel, "prefix": 2}
+    adapter = shaken(lab, "bert", TEXT, "autopeft", layers=(1,), options=sizes)
+    place, noted = adapter.model.get_submodule(PREFIX + "bert.encoder.layer.1.output"), {}
+    join, base = place.graft["default"], place.base_layer
+    assert not hasattr(adapter.model.get_submodule(PREFIX + "bert.encoder.layer.0.output"), "graft")
+    place.register_forward_hook(watch(noted, "out"), with_kwargs=True)
+    run(lab, adapter, "bert", TEXT)
+    (inner, x), _, given = noted["out"]
+    for b, i in ((0, 0), (1, 10), (3, 2)):
+        summed = base.dense.weight @ inner[b, i] + base.dense.bias + x[b, i]
+        total = summed.clone()
+        if serial:
+            total += narrow(join.serial, normalised(base.LayerNorm, summed))
+        if parallel:
+            total += 4 * narrow(join.parallel, x[b, i])
+        close(given[b, i], normalised(base.LayerNorm, total))
+
+
+@torch.no_grad()
+def test_autopeft_adapts_the_stream_of_gpt2(lab: Any) -> None:
+    adapter = shaken(lab, "gpt2", LM, "autopeft", options={"serial": 3, "parallel": 5, "prefix": 0})
+    place, noted = adapter.model.get_submodule(PREFIX + "transformer.h.1"), {}
+    place.register_forward_hook(watch(noted, "layer"), with_kwargs=True)
+    place.base_layer.ln_2.register_forward_hook(watch(noted, "norm"), with_kwargs=True)
+    block = place.base_layer.mlp
+    block.base_layer.register_forward_hook(watch(noted, "block"), with_kwargs=True)
+    run(lab, adapter, "gpt2", LM)
+    (stream,), _, x = noted["norm"]
+    given = noted["layer"][2]
+    given = given[0] if isinstance(given, tuple) else given
+    for b, i in ((0, 0), (1, 10), (3, 2)):
+        h = stream[b, i] + noted["block"][2][b, i] + 4 * narrow(block.graft["default"].bottleneck, x[b, i])
+        close(given[b, i], h + narrow(place.graft["default"].bottleneck, h))
+
+
+def test_autopeft_says_what_does_not_fit(lab: Any) -> None:
+    with pytest.raises(UserError, match=r"no prefix fits T5ForSequenceClassification: set method\.options\.prefix = 0"):
+        lab.attach("t5", TEXT, "autopeft", options={"prefix": 1})
+    with pytest.raises(UserError, match="the model has the layers 0 to 1, and no 2"):
+        lab.attach("bert", TEXT, "autopeft", layers=(0, 2))
+    with pytest.raises(UserError, match=r"without any module: set method\.options\.serial, parallel or prefix above 0"):
+        lab.attach("bert", TEXT, "autopeft", options={"serial": 0, "parallel": 0, "prefix": 0})
+
+
+def test_autopefts_defaults_are_the_papers_find_scaled_to_the_width(lab: Any) -> None:
+    spec = lab.attach("bert", TEXT, "autopeft").spec
+    shapes = {
+        tensor.name.split(".graft.default.")[1]: tensor.shape for tensor in spec.tensors if ".layer.0." in tensor.name
+    }
+    # A 64th of 32 would be none.
+    assert shapes["serial.down.weight"] == (1, 32)
+    assert shapes["parallel.down.weight"] == (4, 32)
+    assert shapes["prefix.keys"] == (1, 32)

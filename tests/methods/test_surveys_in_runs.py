@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hyperformer++": {"width": 4, "embedding": 6, "hidden": 8},
     "moelora": {"experts": 2, "embedding": 4},
     "mam": {"width": 8},
+    "autopeft": {"serial": 4, "parallel": 8},
     "s4": {"width": 8, "groups": ["AL", "APB", "PBL", "AL"]},
     "propetl-lora": {},
     "kernel-wise": {"share": 2},

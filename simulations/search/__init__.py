@@ -1,0 +1,1 @@
+"""Which of AutoPEFT's configurations to take, by Bayesian optimisation on public records."""
