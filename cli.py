@@ -36,6 +36,7 @@ from .server.watching.commands import export
 from .simulations.advice import commands as _advice  # noqa: F401
 from .simulations.attack.commands import attack
 from .simulations.audit.commands import audit
+from .simulations.laplace import commands as _laplace  # noqa: F401
 from .simulations.loopback.commands import app as dev
 from .simulations.preview.commands import app as scenarios
 from .simulations.search import commands as _search  # noqa: F401

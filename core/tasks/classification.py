@@ -48,10 +48,10 @@ class Classification:
         return describe(network, processor, missing, head_modules(network, self.heads, missing))
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self._logits(model, batch), batch["labels"], reduction="none")
+        return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
 
     def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         return {
             "examples": torch.ones(len(logits)),
             "correct": (logits.argmax(-1) == batch["labels"]).float(),
@@ -61,5 +61,6 @@ class Classification:
     def even_loss(self, model: nn.Module) -> float:
         return math.log(model.config.num_labels)  # type: ignore[union-attr, arg-type]
 
-    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The scores of the labels, (B, labels), before any softmax."""
         return model(**{key: batch[key] for key in self.inputs}).logits.float()

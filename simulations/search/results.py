@@ -36,7 +36,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_: Literal[1] = 1
+    version: Literal[1] = 1
     digest: str
     seed: int
     random: int

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,16 +15,14 @@ from ...client.evaluation import evaluate
 from ...client.resident import forget_all, resident
 from ...client.trainer import train
 from ...core.config import RunConfig, parse_config
-from ...core.errors import UserError
 from ...core.tasks import Example, create_task
+from ..public import PUBLIC, public_config, require_public
 from .choosing import chosen, drawn
 from .results import Results, Trial, begun
 from .space import Point, Space, space_of
 
 #: Called before each trial with how many are done and what is tried, and at the end.
 Told = Callable[[int, Point | None], None]
-_PUBLIC = "public"
-_COLUMNS = ("text_column", "label_column", "image_column", "patient_column", "test_fraction")
 
 
 @dataclass(frozen=True)
@@ -39,31 +36,11 @@ class Ground:
     digest: str
 
 
-def public_config(job: RunConfig, steps: int) -> RunConfig:
-    """The training of ``job``, for ``steps`` steps at one place and without privacy: its records are public."""
-    values = job.model_dump(mode="json")
-    made: dict[str, Any] = {key: values[key] for key in ("name", "seed", "model", "task")}
-    made["train"] = {**values["train"], "local_steps": steps}
-    made["data"] = {**{key: values["data"][key] for key in _COLUMNS}, "sites": [_PUBLIC]}
-    made["evaluate"] = {"batch_size": values["evaluate"]["batch_size"]}
-    return parse_config({**made, "rounds": 1, "privacy": {"enabled": False}}, "the search")
-
-
-def require_public(job: RunConfig, data: Path) -> None:
-    """Raise :class:`UserError` where ``data`` is what a site of ``job`` trains on: no ledger would count the search."""
-    own = [job.data.path, *(site.path for site in job.data.sites)]
-    if any(path and Path(path).resolve() == data.resolve() for path in own):
-        raise UserError(
-            f"{data}: holds records of the job's sites, and each trial on them would cost epsilon that no ledger "
-            "counts; give records that everyone may see"
-        )
-
-
 def ground_of(job: RunConfig, data: Path, steps: int) -> Ground:
     """Read and split the public records, and encode them with the model's own tokenizer or image processor."""
     require_public(job, data)
-    config = public_config(job, steps)
-    records = split(read_records(data, config), config, _PUBLIC)
+    config = public_config(job, steps, with_method=False)
+    records = split(read_records(data, config), config, PUBLIC)
     task = create_task(config.task)
     base = task.load(config.model, config.task, config.seed)
 
@@ -82,7 +59,7 @@ def accuracy_of(ground: Ground, point: Point) -> float:
     forget_all()
     model = resident(config)
     groups = [np.array([at]) for at in range(len(ground.train))]
-    trained = train(model, model.adapter.read(), ground.train, groups, config, site=_PUBLIC, round=1, plan=None)
+    trained = train(model, model.adapter.read(), ground.train, groups, config, site=PUBLIC, round=1, plan=None)
     scores = evaluate(model, trained.state, ground.held_out, config)
     return float(scores.correct.sum() / scores.examples.sum())
 

@@ -84,7 +84,7 @@ def test_json_is_the_file(job: Path) -> None:
 
 
 def test_records_of_the_jobs_sites_are_refused(job: Path, tiny_federation: Any) -> None:
-    with pytest.raises(UserError, match="records of the job's sites, and each trial on them would cost epsilon"):
+    with pytest.raises(UserError, match="records of the job's sites, and what is made of them would cost epsilon"):
         said(job, data=str(tiny_federation.table))
     own = f'data.sites=[{{name="a", path="{job.parent / "public.csv"}"}}]'
     with pytest.raises(UserError, match="records of the job's sites"):
