@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,60 +55,60 @@ def factors_of(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-@contextmanager
-def _taped(factors: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """What each factor was last given, and gave, while the context lasts."""
-    tape: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _run(
+    factors: Mapping[str, nn.Linear], scores: Scores, batch: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The scores (B, C) of a batch, and by factor what it was given, as words (B, T, in), and what it gave."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, result: torch.Tensor) -> None:
-            if name in tape:
+            if name in outputs:
                 raise UserError("a layer of this model runs twice on one text: Laplace-LoRA cannot be made of it")
-            tape[name] = given[0].detach(), result
+            inputs[name], outputs[name] = _words(given[0]), result
 
         return hook
 
     hooks = [factor.register_forward_hook(note(name)) for name, factor in factors.items()]
     try:
-        yield tape
+        with torch.enable_grad():
+            given = scores(batch)
     finally:
         for hook in hooks:
             hook.remove()
+    return given, inputs, outputs
 
 
 def _slopes(
-    factors: Mapping[str, nn.Linear], scores: Scores, batch: Batch, directions: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, list[dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
-    """The scores (B, C); for each of ``directions`` of them (K, B, C), by factor, a (B, T, in) and g (B, T, out)."""
-    with torch.enable_grad(), _taped(factors) as tape:
-        given = scores(batch)
-        along = directions(given.detach().double())
-        outputs = [result for _, result in tape.values()]
-        found = []
-        for number, direction in enumerate(along):
-            last = number + 1 == len(along)
-            slopes = torch.autograd.grad((direction.to(given.dtype) * given).sum(), outputs, retain_graph=not last)
-            found.append(
-                {name: (_words(tape[name][0]), _words(slope)) for name, slope in zip(tape, slopes, strict=True)}
-            )
-    return given.detach().double(), found
+    given: torch.Tensor, outputs: Mapping[str, torch.Tensor], direction: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """By factor, the slope (B, T, out) of the scores along ``direction`` (B, C) by what it gave."""
+    along = (direction.to(given) * given).sum()
+    found = torch.autograd.grad(along, list(outputs.values()), retain_graph=True)
+    return {name: _words(slope) for name, slope in zip(outputs, found, strict=True)}
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    """(B, ..., width) as (B, words, width), in float64."""
-    return x.detach().double().reshape(len(x), -1, x.shape[-1])
+    """(B, ..., width) as (B, words, width), in float64, which not every device has."""
+    return x.detach().cpu().double().reshape(len(x), -1, x.shape[-1])
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x x^T over all words, (width, width)."""
+    flat = x.flatten(0, 1)
+    return flat.T @ flat
 
 
 def _roots(scores: torch.Tensor) -> torch.Tensor:
     """Directions v_c = sqrt(p_c) (e_c - p), (C, B, C): the sum of v_c v_c^T is diag(p) - p p^T, the loss's Hessian."""
     p = scores.softmax(-1)
-    return (p.T.sqrt()[:, :, None] * (torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:, None] - p)).detach()
+    return p.T.sqrt()[:, :, None] * (torch.eye(p.shape[1], dtype=p.dtype)[:, None] - p)
 
 
 def _each(scores: torch.Tensor) -> torch.Tensor:
     """Directions e_c, (C, B, C)."""
-    eye = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
-    return eye[:, None].expand(-1, len(scores), -1)
+    return torch.eye(scores.shape[1], dtype=scores.dtype)[:, None].expand(-1, len(scores), -1)
 
 
 def same_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
@@ -131,16 +130,15 @@ def curvature(
     words = dict.fromkeys(factors, 0)
     likelihood = 0.0
     for number, batch in enumerate(batches):
-        given, found = _slopes(factors, scores, batch, _roots)
-        likelihood += float(given.log_softmax(-1).gather(1, batch["labels"][:, None].to(given.device)).sum())
-        for name, (a, _) in found[0].items():
-            flat = a.flatten(0, 1)
-            inputs[name] += (flat.T @ flat).cpu()
-            words[name] += len(flat)
-        for taped in found:
-            for name, (_, g) in taped.items():
-                flat = g.flatten(0, 1)
-                slopes[name] += (flat.T @ flat).cpu()
+        given, own, outputs = _run(factors, scores, batch)
+        known = given.detach().cpu().double()
+        likelihood += float(known.log_softmax(-1).gather(1, batch["labels"][:, None].cpu()).sum())
+        for name, a in own.items():
+            inputs[name] += _gram(a)
+            words[name] += a.shape[0] * a.shape[1]
+        for direction in _roots(known):
+            for name, g in _slopes(given, outputs, direction).items():
+                slopes[name] += _gram(g)
         told(number + 1)
     return Curvature({name: gram / words[name] for name, gram in inputs.items()}, slopes, likelihood)
 
@@ -164,24 +162,22 @@ class Laplace:
         spread = sum(float((torch.log1p(values / precision)).sum()) for values in self.values.values())
         return self.likelihood - (precision * self.squares + spread) / 2
 
-    def covariance(self, slopes: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]) -> torch.Tensor:
-        """J (curvature + precision)^-1 J^T of the scores, (B, C, C), from what factors were given and their slopes."""
-        found: Any = 0
-        for name, (left, right) in self.turns.items():
-            # The Jacobian of each score by the factor, (C, B, out, in), in the axes of both Grams.
-            jacobian = torch.stack(
-                [
-                    torch.einsum("nto,nti->noi", g.cpu() @ right, a.cpu() @ left)
-                    for a, g in (each[name] for each in slopes)
-                ]
-            )
-            found = found + torch.einsum("cnoi,dnoi->ncd", jacobian / (self.values[name] + self.precision), jacobian)
-        return found  # type: ignore[no-any-return]
-
     def predict(self, model: nn.Module, scores: Scores, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores (B, C) of a batch without padding, and their covariance (B, C, C), in float64."""
-        given, slopes = _slopes(factors_of(model), scores, batch, _each)
-        return given.cpu(), self.covariance(slopes)
+        """The scores (B, C) of a batch without padding, and J (curvature + precision)^-1 J^T of them, (B, C, C)."""
+        given, inputs, outputs = _run(factors_of(model), scores, batch)
+        known = given.detach().cpu().double()
+        # The Jacobian of each score by each factor, (B, out, in), in the axes of both Grams.
+        jacobians: dict[str, list[torch.Tensor]] = {name: [] for name in inputs}
+        for direction in _each(known):
+            for name, g in _slopes(given, outputs, direction).items():
+                left, right = self.turns[name]
+                turned = g @ right, inputs[name] @ left
+                jacobians[name].append(torch.einsum("nto,nti->noi", *turned))
+        covariance = torch.zeros(*known.shape, known.shape[1], dtype=known.dtype)
+        for name, rows in jacobians.items():
+            j = torch.stack(rows)
+            covariance += torch.einsum("cnoi,dnoi->ncd", j / (self.values[name] + self.precision), j)
+        return known, covariance
 
 
 def laplace(model: nn.Module, found: Curvature) -> Laplace:

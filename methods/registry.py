@@ -160,16 +160,21 @@ def create_method(name: str) -> Method:
     if name not in _METHODS:
         offered = _offered()
         if name not in offered:
-            raise UserError(f"unknown method `{name}`; {_nearest(name, [*_METHODS, *offered])}")
+            known = [*_METHODS, *offered]
+            raise UserError(
+                f"unknown method `{name}`; {_nearest(name, known, '`fedgraft methods` lists all there are')}"
+            )
         _load(offered[name])
     return _METHODS[name]
 
 
-def _nearest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    """A hint at what ``name`` may have meant."""
+def _nearest(name: str, known: Sequence[str] | Mapping[str, object], otherwise: str = "") -> str:
+    """A hint at what ``name`` may have meant, or else ``otherwise``; without that, all there are."""
     near = difflib.get_close_matches(name.lower(), known, n=1)
     if near:
         return f"did you mean `{near[0]}`?"
+    if otherwise:
+        return otherwise
     return f"there are {', '.join(sorted(known))}" if known else "it has none"
 
 

@@ -22,6 +22,8 @@ from .calibration import Calibration, calibration
 
 #: Called with (what is done, of how many batches).
 Told = Callable[[int, int], None]
+#: Records in one pass: of each, and of each label, a Jacobian by every factor is held.
+_BATCH = 8
 _METHODS = ("laplace-lora", "lora", "rslora")
 
 
@@ -61,7 +63,7 @@ def fitted(job: RunConfig, adapter: Path, data: Path, draws: int, told: Told) ->
         model.task.encode(part.inputs, None if part.labels is None else part.labels.tolist(), model.base.processor)
         for part in (records.train, records.held_out)
     )
-    batches = [_batch(model, train, places) for places in same_length(train, config.evaluate.batch_size)]
+    batches = [_batch(model, train, places) for places in same_length(train, _BATCH)]
     network = model.adapter.model
     found = curvature(network, _scores(model), batches, lambda done: told(done, len(batches)))
     posterior = laplace(network, found)
@@ -86,7 +88,7 @@ def _predicted(
     """Chances (n, C) by the adapter's own values, and by its posterior."""
     labels = len(config.task.labels)
     plain, sampled = (torch.zeros(len(examples), labels, dtype=torch.float64) for _ in range(2))
-    for places in same_length(examples, config.evaluate.batch_size):
+    for places in same_length(examples, _BATCH):
         batch = _batch(model, examples, places)
         scores, covariance = posterior.predict(model.adapter.model, _scores(model), batch)
         plain[places] = scores.softmax(-1)

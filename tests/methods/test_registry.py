@@ -28,6 +28,6 @@ def test_an_unknown_method_suggests_the_nearest(name: str, meant: str) -> None:
     assert str(refusal.value) == f"unknown method `{name}`; did you mean `{meant}`?"
 
 
-def test_a_method_like_no_other_lists_them_all() -> None:
-    with pytest.raises(UserError, match=r"unknown method `zzz`; there are ada[a-z0-9, +-]* lora, "):
+def test_a_method_like_no_other_sends_to_the_list() -> None:
+    with pytest.raises(UserError, match="unknown method `zzz`; `fedgraft methods` lists all there are"):
         create_method("zzz")
