@@ -1,8 +1,11 @@
 """How sure an adapter is: a Laplace approximation over the LoRA factors, after the training, for calibrated chances.
 
 Source: Yang et al. 2023, arXiv 2308.13111 (Laplace-LoRA): Kronecker-factored curvature of every LoRA factor, the
-prior's precision by the evidence, the linearised predictive. The head stays at its values. The paper keeps of each
-large Gram the leading eigenvectors, to spare memory; here Grams are whole.
+linearised predictive, the prior's precision by the chances of other records' labels (the paper's other way is by the
+evidence, which a few hundred records and tens of thousands of numbers leave much too unsure). The head stays at its
+values. The paper keeps of each large Gram the leading eigenvectors, to spare memory; here Grams are whole. Where the
+paper's code looks at a text's last word alone, whose scores a decoder gives, a record here counts by the mean of what a
+factor is given over its words and the sum of the slopes (K-FAC reduce, Eschenhagen et al. 2023, arXiv 2311.00636).
 
 The Grams tell of the records that they are made of, without noise; none of these may be a patient's.
 """
@@ -16,7 +19,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from scipy.optimize import minimize_scalar
 from torch import nn
 
 from ..core.errors import UserError
@@ -24,21 +26,21 @@ from ..core.tasks import Batch, Example
 
 #: Gives the scores of the labels, (B, C), of a batch.
 Scores = Callable[[Batch], torch.Tensor]
-#: The precisions that the evidence is compared at.
-_LEAST, _MOST = 1e-6, 1e8
+#: The prior's precisions that are compared; by the last an adapter is as sure as it is by itself.
+PRECISIONS = tuple(10.0 ** (power / 2) for power in range(-4, 17))
 
 
 @dataclass(frozen=True)
 class Curvature:
     """The generalised Gauss-Newton matrix of each factor, as a product of two Grams, in float64.
 
-    ``inputs``: by factor, (in, in), the mean over words of a a^T; ``slopes``: (out, out), the sum over words and labels
-    of g g^T, g the slope of the loss by what the factor gives. ``likelihood``: log p(label), summed over the records.
+    ``inputs``: by factor, (in, in), the mean over records of a a^T, a what the factor is given, on average over words;
+    ``slopes``: (out, out), the sum over records and labels of g g^T, g the slope of the loss by what the factor gives,
+    summed over words.
     """
 
     inputs: Mapping[str, torch.Tensor]
     slopes: Mapping[str, torch.Tensor]
-    likelihood: float
 
 
 def factors_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -94,12 +96,6 @@ def _words(x: torch.Tensor) -> torch.Tensor:
     return x.detach().cpu().double().reshape(len(x), -1, x.shape[-1])
 
 
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x x^T over all words, (width, width)."""
-    flat = x.flatten(0, 1)
-    return flat.T @ flat
-
-
 def _roots(scores: torch.Tensor) -> torch.Tensor:
     """Directions v_c = sqrt(p_c) (e_c - p), (C, B, C): the sum of v_c v_c^T is diag(p) - p p^T, the loss's Hessian."""
     p = scores.softmax(-1)
@@ -127,43 +123,40 @@ def curvature(
     factors = factors_of(model)
     inputs = {name: torch.zeros(2 * (f.in_features,), dtype=torch.float64) for name, f in factors.items()}
     slopes = {name: torch.zeros(2 * (f.out_features,), dtype=torch.float64) for name, f in factors.items()}
-    words = dict.fromkeys(factors, 0)
-    likelihood = 0.0
+    records = 0
     for number, batch in enumerate(batches):
         given, own, outputs = _run(factors, scores, batch)
         known = given.detach().cpu().double()
-        likelihood += float(known.log_softmax(-1).gather(1, batch["labels"][:, None].cpu()).sum())
-        for name, a in own.items():
-            inputs[name] += _gram(a)
-            words[name] += a.shape[0] * a.shape[1]
+        records += len(known)
+        for name, words in own.items():
+            a = words.mean(1)
+            inputs[name] += a.T @ a
         for direction in _roots(known):
-            for name, g in _slopes(given, outputs, direction).items():
-                slopes[name] += _gram(g)
+            for name, words in _slopes(given, outputs, direction).items():
+                g = words.sum(1)
+                slopes[name] += g.T @ g
         told(number + 1)
-    return Curvature({name: gram / words[name] for name, gram in inputs.items()}, slopes, likelihood)
+    return Curvature({name: gram / records for name, gram in inputs.items()}, slopes)
 
 
 @dataclass(frozen=True)
 class Laplace:
-    """The posterior N(factors, (curvature + precision)^-1) of a trained adapter.
+    """The posterior N(factors, (curvature + precision)^-1) of a trained adapter, for any precision of the prior.
 
     ``turns``: by factor, the eigenvectors of both Grams, (in, in) and (out, out); ``values``: the curvature's
-    eigenvalues, (out, in); ``squares``: the sum of the factors' squares.
+    eigenvalues, (out, in).
     """
 
     turns: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     values: Mapping[str, torch.Tensor]
-    squares: float
-    likelihood: float
-    precision: float
 
-    def evidence(self, precision: float) -> float:
-        """log p(labels) with the factors integrated out, under a prior N(0, 1 / precision)."""
-        spread = sum(float((torch.log1p(values / precision)).sum()) for values in self.values.values())
-        return self.likelihood - (precision * self.squares + spread) / 2
+    def predict(
+        self, model: nn.Module, scores: Scores, batch: Batch, precisions: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores (B, C) of a batch without padding, and for each of K ``precisions`` their covariance.
 
-    def predict(self, model: nn.Module, scores: Scores, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores (B, C) of a batch without padding, and J (curvature + precision)^-1 J^T of them, (B, C, C)."""
+        These are J (curvature + precision)^-1 J^T, (K, B, C, C), J the Jacobian of the scores by the factors.
+        """
         given, inputs, outputs = _run(factors_of(model), scores, batch)
         known = given.detach().cpu().double()
         # The Jacobian of each score by each factor, (B, out, in), in the axes of both Grams.
@@ -173,25 +166,22 @@ class Laplace:
                 left, right = self.turns[name]
                 turned = g @ right, inputs[name] @ left
                 jacobians[name].append(torch.einsum("nto,nti->noi", *turned))
-        covariance = torch.zeros(*known.shape, known.shape[1], dtype=known.dtype)
+        found = torch.zeros(len(precisions), *known.shape, known.shape[1], dtype=known.dtype)
         for name, rows in jacobians.items():
             j = torch.stack(rows)
-            covariance += torch.einsum("cnoi,dnoi->ncd", j / (self.values[name] + self.precision), j)
-        return known, covariance
+            for covariance, precision in zip(found, precisions, strict=True):
+                covariance += torch.einsum("cnoi,dnoi->ncd", j / (self.values[name] + precision), j)
+        return known, found
 
 
-def laplace(model: nn.Module, found: Curvature) -> Laplace:
-    """The posterior of the adapter on ``model``, with the prior's precision that has the most evidence."""
-    turns, values, squares = {}, {}, 0.0
-    for name, factor in factors_of(model).items():
+def laplace(found: Curvature) -> Laplace:
+    """The posterior by a curvature."""
+    turns, values = {}, {}
+    for name in found.inputs:
         (left_values, left), (right_values, right) = (torch.linalg.eigh(g[name]) for g in (found.inputs, found.slopes))
         turns[name] = left, right
         values[name] = right_values.clamp(min=0)[:, None] * left_values.clamp(min=0)
-        squares += float(factor.weight.detach().double().square().sum())
-    begun = Laplace(turns, values, squares, found.likelihood, 1.0)
-    bounds = (math.log(_LEAST), math.log(_MOST))
-    best = minimize_scalar(lambda at: -begun.evidence(math.exp(at)), bounds=bounds, method="bounded")
-    return Laplace(turns, values, squares, found.likelihood, math.exp(float(best.x)))
+    return Laplace(turns, values)
 
 
 def chances(scores: torch.Tensor, covariance: torch.Tensor, draws: int, seed: int) -> torch.Tensor:

@@ -61,7 +61,7 @@ def laplace(
         write_text(output, "".join(f"{line}\n" for line in lines))
     if as_json:
         measured = {"plain": asdict(found.plain), "laplace": asdict(found.sampled)}
-        told = {"records": found.records, "held_out": found.held_out, "precision": found.posterior.precision}
+        told = {"records": found.records, "held_out": found.held_out, "precision": found.precision}
         print(json.dumps({**told, **measured}))
         return
     out = Console(highlight=False)
@@ -71,7 +71,7 @@ def laplace(
     out.print(table)
     out.print(
         f"fitted by {found.records:,} public records, measured on {found.held_out:,} others; the prior's precision is "
-        f"{found.posterior.precision:.3g}",
+        f"{found.precision:.3g}",
         soft_wrap=True,
     )
     if output is not None:

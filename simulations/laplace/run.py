@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ...client.data import read_records, split
@@ -15,7 +16,7 @@ from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.tasks import Batch, Example
 from ...core.tasks.classification import Classification
-from ...methods.laplace import Laplace, chances, curvature, laplace, same_length
+from ...methods.laplace import PRECISIONS, Laplace, chances, curvature, laplace, same_length
 from ...methods.peftfolder import locate
 from ..public import PUBLIC, public_config, require_public
 from .calibration import Calibration, calibration
@@ -24,6 +25,8 @@ from .calibration import Calibration, calibration
 Told = Callable[[int, int], None]
 #: Records in one pass: of each, and of each label, a Jacobian by every factor is held.
 _BATCH = 8
+#: Of so many records one chooses the prior's precision, and the others make the curvature; the paper's fifth.
+_EACH = 5
 _METHODS = ("laplace-lora", "lora", "rslora")
 
 
@@ -36,6 +39,7 @@ class Fitted:
 
     model: Resident
     posterior: Laplace
+    precision: float
     config: RunConfig
     draws: int
     records: int
@@ -45,7 +49,7 @@ class Fitted:
 
     def chances(self, examples: Sequence[Example]) -> torch.Tensor:
         """The chance of each label, (n, C), calibrated."""
-        return _predicted(self.model, self.posterior, self.config, examples, self.draws)[1]
+        return _predicted(self.model, self.posterior, self.config, examples, self.draws, [self.precision])[1][0]
 
 
 def fitted(job: RunConfig, adapter: Path, data: Path, draws: int, told: Told) -> Fitted:
@@ -63,14 +67,22 @@ def fitted(job: RunConfig, adapter: Path, data: Path, draws: int, told: Told) ->
         model.task.encode(part.inputs, None if part.labels is None else part.labels.tolist(), model.base.processor)
         for part in (records.train, records.held_out)
     )
-    batches = [_batch(model, train, places) for places in same_length(train, _BATCH)]
-    network = model.adapter.model
-    found = curvature(network, _scores(model), batches, lambda done: told(done, len(batches)))
-    posterior = laplace(network, found)
-    plain, sampled = _predicted(model, posterior, config, held_out, draws)
-    labels = torch.tensor([example["label"] for example in held_out]).numpy()
-    measured = (calibration(each.numpy(), labels) for each in (plain, sampled))
-    return Fitted(model, posterior, config, draws, len(train), len(held_out), *measured)
+    chooses, fits = train[::_EACH], [example for at, example in enumerate(train) if at % _EACH]
+    if not fits:
+        raise UserError(f"{data}: one record to fit is too few; give some hundreds")
+    batches = [_batch(model, fits, places) for places in same_length(fits, _BATCH)]
+    found = curvature(model.adapter.model, _scores(model), batches, lambda done: told(done, len(batches)))
+    posterior = laplace(found)
+    _, tried = _predicted(model, posterior, config, chooses, draws, PRECISIONS)
+    losses = [calibration(each.numpy(), _labels(chooses)).loss for each in tried]
+    precision = PRECISIONS[losses.index(min(losses))]
+    plain, (sampled,) = _predicted(model, posterior, config, held_out, draws, [precision])
+    measured = (calibration(each.numpy(), _labels(held_out)) for each in (plain, sampled))
+    return Fitted(model, posterior, precision, config, draws, len(train), len(held_out), *measured)
+
+
+def _labels(examples: Sequence[Example]) -> np.ndarray:
+    return np.array([example["label"] for example in examples])
 
 
 def _scores(model: Resident) -> Callable[[Batch], torch.Tensor]:
@@ -83,14 +95,21 @@ def _batch(model: Resident, examples: Sequence[Example], places: Sequence[int]) 
 
 
 def _predicted(
-    model: Resident, posterior: Laplace, config: RunConfig, examples: Sequence[Example], draws: int
+    model: Resident,
+    posterior: Laplace,
+    config: RunConfig,
+    examples: Sequence[Example],
+    draws: int,
+    precisions: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chances (n, C) by the adapter's own values, and by its posterior."""
+    """Chances (n, C) by the adapter's own values, and (K, n, C) by its posterior with each of K ``precisions``."""
     labels = len(config.task.labels)
-    plain, sampled = (torch.zeros(len(examples), labels, dtype=torch.float64) for _ in range(2))
+    plain = torch.zeros(len(examples), labels, dtype=torch.float64)
+    sampled = torch.zeros(len(precisions), len(examples), labels, dtype=torch.float64)
     for places in same_length(examples, _BATCH):
         batch = _batch(model, examples, places)
-        scores, covariance = posterior.predict(model.adapter.model, _scores(model), batch)
+        scores, covariances = posterior.predict(model.adapter.model, _scores(model), batch, precisions)
         plain[places] = scores.softmax(-1)
-        sampled[places] = chances(scores, covariance, draws, config.seed)
+        for found, covariance in zip(sampled, covariances, strict=True):
+            found[places] = chances(scores, covariance, draws, config.seed)
     return plain, sampled
