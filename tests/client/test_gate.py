@@ -233,7 +233,7 @@ def test_a_training_loss_never_leaves_beside_privacy(gate: Callable[..., None], 
     with pytest.raises(GateError, match="a training loss, which no noise protects"):
         gate("train", update(metrics=lossy), open_handed)
     plain = tiny_federation.config()
-    with pytest.raises(PolicyError, match=r"line 24 \(training_loss = \"none\"\): the answer tells the training loss"):
+    with pytest.raises(PolicyError, match=r"line 25 \(training_loss = \"none\"\): the answer tells the training loss"):
         gate("train", update(metrics=lossy, privacy=None), open_handed, plain)
     gate("train", update(metrics=lossy, privacy=None), open_handed.replace('loss = "none"', 'loss = "exact"'), plain)
 
@@ -249,16 +249,16 @@ def test_counts_leave_in_the_form_that_the_run_asked_for(gate: Callable[..., Non
 def test_counts_leave_in_the_form_that_the_policy_allows(gate: Callable[..., None], tiny_federation: Any) -> None:
     exact = tiny_federation.private(**{"privacy.delta": 1e-5, "evaluate.release": "exact_not_private"})
     content = counts(privacy=replace(STATEMENT, metrics="exact_not_private"))
-    with pytest.raises(PolicyError, match=r"line 23 \(evaluation = \"noised\"\): the answer's counts are exact"):
+    with pytest.raises(PolicyError, match=r"line 24 \(evaluation = \"noised\"\): the answer's counts are exact"):
         gate("evaluate", content, POLICY, exact)
     gate("evaluate", content, POLICY.replace('evaluation = "noised"', 'evaluation = "exact"'), exact)
-    with pytest.raises(PolicyError, match=r"line 23 \(evaluation = \"none\"\): the answer's counts are noised"):
+    with pytest.raises(PolicyError, match=r"line 24 \(evaluation = \"none\"\): the answer's counts are noised"):
         gate("evaluate", counts(), POLICY.replace('evaluation = "noised"', 'evaluation = "none"'))
 
 
 @pytest.mark.parametrize("make", [hello, update])
 def test_sizes_stay_where_the_policy_keeps_them(gate: Callable[..., None], make: Callable[[], RecordDict]) -> None:
-    with pytest.raises(PolicyError, match=r"line 25 \(sizes = \"none\"\)"):
+    with pytest.raises(PolicyError, match=r"line 26 \(sizes = \"none\"\)"):
         gate("hello" if make is hello else "train", make(), POLICY.replace('sizes = "exact"', 'sizes = "none"'))
 
 
@@ -269,7 +269,7 @@ def test_sizes_stay_where_the_policy_keeps_them(gate: Callable[..., None], make:
 def test_an_update_without_a_privacy_statement_does_not_leave(
     gate: Callable[..., None], statement: PrivacyStatement | None
 ) -> None:
-    with pytest.raises(PolicyError, match=r"line 28 \(dp = true\): the update carries no privacy statement"):
+    with pytest.raises(PolicyError, match=r"line 29 \(dp = true\): the update carries no privacy statement"):
         gate("train", update(privacy=statement))
     # Even where the policy would not mind, the run promised one.
     with pytest.raises(GateError, match="the update carries no privacy statement"):
@@ -282,7 +282,7 @@ def test_an_update_without_a_privacy_statement_does_not_leave(
         ({"epsilon": 8.1}, r"line 11 \(max_epsilon = 8\): the statement's epsilon is 8.1"),
         ({"delta": 1e-4}, r"line 13 \(max_delta = 1e-05\): the statement's delta is 0.0001"),
         ({"unit": "record"}, r"line 9 \(min_unit = \"patient\"\): each record alone is protected"),
-        ({"private_noise": False}, r"line 29 \(secret_noise = true\): noise on these data once came from a seed"),
+        ({"private_noise": False}, r"line 30 \(secret_noise = true\): noise on these data once came from a seed"),
     ],
 )
 @pytest.mark.parametrize("make", [hello, update, counts])
