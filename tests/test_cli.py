@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from fedgraft import __version__, cli
 from fedgraft.core.adapter import AdapterState
@@ -575,3 +576,21 @@ def test_a_command_that_computes_nothing_does_not_load_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every command below ``command``, by its words."""
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _commands(child, (*path, name))
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+
+
+def test_every_argument_and_option_says_what_it_is() -> None:
+    silent = [
+        f"{name} {parameter.name}"
+        for name, command in _commands(typer.main.get_command(cli.app))
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False) and not getattr(parameter, "help", None)
+    ]
+    assert silent == []
