@@ -5,10 +5,11 @@
     python benchmarks/methods.py --again lora        these anew
     python benchmarks/methods.py --table             prints and draws what is there
 
-The quickstart's four hospitals with fewer records and steps, so that a run takes seconds: what is compared is methods,
-not what can be reached. Each method has the same budget of tuning: three learning rates of AdamW, its own defaults
-otherwise; the best is told, chosen by the same held-out phrases for all. With privacy: epsilon 8 for each patient,
-noise from the operating system. Seconds are of a site's step of 48 patients; memory is the most that the process held.
+The quickstart's four hospitals with fewer steps, so that a run takes seconds: what is compared is methods, not what can
+be reached. Each method has the same budget of tuning: three learning rates of AdamW, and up to two more where the best
+of them is at an end; its own defaults otherwise. The best is told, chosen by the same held-out phrases for all. With
+privacy: epsilon 8 for each patient, noise from the operating system. Seconds are of a site's step of 48 patients;
+memory is the most that the process held.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ADVICE = Path(__file__).parent.parent / "simulations" / "advice" / "measured.jso
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "methods.svg"
 MODES = {"none": ["privacy.enabled=false"], "epsilon 8": []}
 RATES = (5e-3, 1.6e-2, 5e-2)
+#: How far beyond the last rate the next one is, where that was the best; and the most rates of a method.
+BEYOND, MOST = 3.2, 5
 SMALL = [
     *("rounds=2", "train.local_steps=6", "train.batch_size=48", "data.test_per_class=30"),
     "task.max_length=12",
@@ -45,7 +48,8 @@ OWN: dict[str, list[str]] = {
 }
 #: The methods that begin with trained adapters: of which method, and the seeds of the runs that train them.
 EXPERTS = {"adapterfusion": ("lora", (8, 9)), "attempt": ("prompt", (8, 9)), "spot": ("prompt", (8,))}
-_PATIENCE = 900
+KINDS = ("adapter", "prompt", "other additive", "partial", "low-rank", "other reparameterised", "hybrid", "whole")
+_PATIENCE = 1800
 
 
 def mask(name: str, folder: Path) -> list[str]:
@@ -83,8 +87,25 @@ def prepare(name: str, folder: Path) -> list[str]:
     return mask(name, folder) if name in KEEP else experts(name, folder) if name in EXPERTS else []
 
 
-def one(name: str, mode: str, *prepared: str) -> dict[str, Any]:
-    """All rates of one method in this process."""
+def further(entry: dict[str, Any]) -> float | None:
+    """The rate to try beyond the best one where that is the last on a side; None where it is not, or all are spent."""
+    rates = sorted(run["lr"] for run in entry.get("runs", ()))
+    if "accuracy" not in entry or len(rates) >= MOST:
+        return None
+    beyond = {rates[0]: rates[0] / BEYOND, rates[-1]: rates[-1] * BEYOND}.get(entry["lr"])
+    return None if beyond is None else float(f"{beyond:.2g}")
+
+
+def merged(entry: dict[str, Any], more: dict[str, Any], rate: float) -> dict[str, Any]:
+    """An entry with what came of a further ``rate``, which may have failed."""
+    failed = {"lr": rate, "failed": more.get("refused", "")}
+    runs = [*entry["runs"], *more.get("runs", [failed])]
+    best = max((run for run in runs if "accuracy" in run), key=lambda run: run["accuracy"])
+    return {**entry, **best, "peak_mib": max(entry["peak_mib"], more.get("peak_mib", 0)), "runs": runs}
+
+
+def one(name: str, mode: str, rates: list[float], *prepared: str) -> dict[str, Any]:
+    """A method at some learning rates in this process."""
     import torch
 
     from fedgraft.core.errors import UserError
@@ -94,7 +115,7 @@ def one(name: str, mode: str, *prepared: str) -> dict[str, Any]:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     runs: list[dict[str, Any]] = []
-    for rate in OWN_RATES.get(name, RATES):
+    for rate in rates:
         config = load_scenario(
             "hospitals-icd10",
             [*SMALL, *MODES[mode], *OWN.get(name, ()), *prepared, f"method.name={name}", f"train.lr={rate}"],
@@ -128,11 +149,14 @@ def one(name: str, mode: str, *prepared: str) -> dict[str, Any]:
     return {**best, "peak_mib": round(peak / 1024), "kind": create_method(name).kind, "runs": runs}
 
 
-def apart(name: str, mode: str) -> dict[str, Any]:
+def apart(name: str, mode: str, rates: tuple[float, ...]) -> dict[str, Any]:
     """:func:`one` in a process of its own, so that its memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = _told("--prepare", name, folder)
-        return _told("--one", name, mode, *prepared) if isinstance(prepared, list) else prepared
+        if isinstance(prepared, list):
+            found: dict[str, Any] = _told("--one", name, mode, json.dumps(rates), *prepared)
+            return found
+        return dict(prepared)
 
 
 def _told(*arguments: str) -> Any:
@@ -197,38 +221,48 @@ def draw(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True)
+    figure, axes = plt.subplots(2, 1, figsize=(11, 15), sharex=True)
     for axis, mode in zip(axes, MODES, strict=True):
-        for name, modes in results.items():
-            entry = modes.get(mode, {})
-            if "accuracy" not in entry:
-                continue
-            colours = (
-                "adapter",
-                "prompt",
-                "other additive",
-                "partial",
-                "low-rank",
-                "other reparameterised",
-                "hybrid",
-                "whole",
-            )
-            colour = f"C{colours.index(entry['kind'])}"
-            axis.scatter(entry["bytes_up_round"] / 1000, 100 * entry["accuracy"], color=colour, s=18)
-            axis.annotate(
-                name,
-                (entry["bytes_up_round"] / 1000, 100 * entry["accuracy"]),
-                fontsize=6,
-                xytext=(3, 2),
-                textcoords="offset points",
-            )
+        found = {name: modes[mode] for name, modes in results.items() if "accuracy" in modes.get(mode, {})}
+        for number, kind in enumerate(KINDS):
+            own = [entry for entry in found.values() if entry["kind"] == kind]
+            across, up = [entry["bytes_up_round"] / 1000 for entry in own], [100 * entry["accuracy"] for entry in own]
+            axis.scatter(across, up, color=f"C{number}", s=18, label=kind)
         axis.set_xscale("log")
-        axis.set_xlabel("kB that a site sends a round")
+        axis.margins(x=0.08)
+        axis.set_ylabel("accuracy at the hospitals, %")
         axis.set_title("without privacy" if mode == "none" else "epsilon 8 for each patient", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy at the hospitals, %")
+    axes[0].legend(fontsize=8)
+    axes[1].set_xlabel("kB that a site sends a round")
     figure.tight_layout()
+    figure.canvas.draw()
+    for axis, mode in zip(axes, MODES, strict=True):
+        label(axis, {name: modes[mode] for name, modes in results.items() if "accuracy" in modes.get(mode, {})})
     figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def label(axis: Any, found: dict[str, Any]) -> None:
+    """Write each method's name beside its point, as near as it fits without lying on another name."""
+    taken: list[Any] = []
+    for name, entry in sorted(found.items(), key=lambda item: -item[1]["accuracy"]):
+        for distance in range(3, 40, 3):
+            for x, y, side in (
+                (distance, -2, "left"),
+                (-distance, -2, "right"),
+                (0, distance, "center"),
+                (0, -distance - 5, "center"),
+            ):
+                at = entry["bytes_up_round"] / 1000, 100 * entry["accuracy"]
+                text = axis.annotate(name, at, xytext=(x, y), textcoords="offset points", fontsize=6, ha=side)
+                box = text.get_window_extent()
+                if not any(box.overlaps(other) for other in taken):
+                    break
+                text.remove()
+            else:
+                continue
+            taken.append(box)
+            break
 
 
 def main() -> None:
@@ -245,7 +279,8 @@ def main() -> None:
         print(json.dumps(prepare(given.prepare[0], Path(given.prepare[1]))))
         return
     if given.one:
-        print(json.dumps(one(*given.one)))
+        name, mode, rates, *prepared = given.one
+        print(json.dumps(one(name, mode, json.loads(rates), *prepared)))
         return
     from fedgraft.methods import methods
 
@@ -254,14 +289,21 @@ def main() -> None:
     for name in filter(None, given.again.split(",")):
         results.pop(name, None)
     wanted = [name for name in given.only.split(",") if name] or [m.name for m in methods() if not m.refused]
-    missing = [(name, mode) for name in wanted for mode in MODES if mode not in results.get(name, {})]
+    asked = [(name, mode) for name in wanted for mode in MODES]
+    missing = [(name, mode) for name, mode in asked if mode not in results.get(name, {})]
 
     def measure(what: tuple[str, str]) -> None:
         name, mode = what
         if given.until and time.strftime("%H:%M") >= given.until:
             return
         began = time.monotonic()
-        entry = apart(name, mode)
+        known = results.get(name, {}).get(mode)
+        if known is None:
+            entry = apart(name, mode, OWN_RATES.get(name, RATES))
+        elif (rate := further(known)) is not None:
+            entry = merged(known, apart(name, mode, (rate,)), rate)
+        else:
+            return
         with keeping:
             results.setdefault(name, {})[mode] = entry
             kept["what"], kept["settings"], kept["rates"] = __doc__.splitlines()[0], SMALL, RATES
@@ -273,6 +315,9 @@ def main() -> None:
     keeping = threading.Lock()
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(measure, [] if given.table else missing))
+        # One rate further at a time.
+        for _ in range(0 if given.table else MOST - len(RATES)):
+            list(pool.map(measure, asked))
     table(results)
     draw(results)
     publish(results)
