@@ -47,12 +47,12 @@ configurations. head: whether the task's head (two classes) is in the count.
 
 {published}
 """
-_MEASURED = """`python benchmarks/methods.py`: the quickstart's four hospitals, MiniLM, 22 classes, two rounds of six
-steps of 48 patients: how far a method comes in a short training, not where it ends. The best of three learning rates,
-the same for all but those that move whole weights, and of up to two more where the best was at an end; accuracy in % on 630
-phrases (one standard error is about 2), seconds of a site's step, and the most memory that the process held
-({conditions}). `adapterfusion`, `attempt` and `spot` begin with adapters that other federations trained on the same
-task, masks are made of 220 phrases that count as public.
+_MEASURED = """`python benchmarks/methods.py`: the quickstart's four hospitals, MiniLM, 22 classes, two rounds
+of six steps of 48 patients: how far a method comes in a short training, not where it ends. The best of three
+learning rates, the same for all but those that move whole weights, and of up to two more where the best was at
+an end; accuracy in % on 630 phrases (one standard error is about 2), seconds of a site's step, and the most
+memory that the process held ({conditions}). `adapterfusion`, `attempt` and `spot` begin with adapters that
+other federations trained on the same task, masks are made of 220 phrases that count as public.
 
 ![Accuracy against bytes for the methods that were measured, without privacy and at epsilon 8](images/methods.svg)"""
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
