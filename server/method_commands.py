@@ -87,6 +87,8 @@ def show(
     for key in ("equation", "federates", "privacy", "source"):
         if found[key]:
             out.print(f"{key:11}{escape(found[key])}")
+    if found["refused"]:
+        return
     if found["dp"] != "exact":
         out.print(f"{'':11}{escape(found['dp'])}")
     out.print(f"{'merges':11}{'into the base weights' if found['merges'] else 'no: it stays beside the base model'}")

@@ -57,6 +57,12 @@ def test_one_method_is_shown_with_its_equation_options_and_count() -> None:
     assert found["accepts"][:2] == ["rank", "alpha"]
 
 
+def test_a_method_that_is_refused_has_a_reason_and_nothing_to_set() -> None:
+    text = said("show", "warp")
+    assert "cannot be trained: its classes are words for a mask" in text
+    assert "merges" not in text and "takes" not in text
+
+
 def test_a_name_that_is_none_is_one_line() -> None:
     with pytest.raises(UserError, match="unknown method `lorra`; did you mean `lora`"):
         said("show", "lorra")
