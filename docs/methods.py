@@ -27,8 +27,7 @@ receiver needs, averaging does what is said here, folders come back (also by PEF
 and its clipped sum is that of single records (`pytest tests/methods/test_contract.py`). To add one, see
 [Writing a method](writing-a-method.md). This page is written by `python docs/methods.py`.
 
-Trains: numbers beside the task's head on RoBERTa-base, with the defaults; -: needs a file, an option, the weights
-themselves or another kind of model. A family with * fits in some tasks only.
+Trains: numbers beside the task's head on RoBERTa-base, with the defaults. A family with * fits in some tasks only.
 
 {catalogue}
 
@@ -157,7 +156,11 @@ def _trained(method: Method, on: Skeleton) -> str:
         return ""
     found = count(method, on)
     if found.refused:
-        return "another family" if "roberta" in method.contract.get("unfit", {}) else "needs a file"
+        if "roberta" in method.contract.get("unfit", {}):
+            return "another family"
+        if {"mask", "experts"} & method.accepts:
+            return "needs a file"
+        return "needs an option" if "method.options" in found.refused else "needs the weights"
     return f"{found.adapter:,}"
 
 
