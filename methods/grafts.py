@@ -93,7 +93,8 @@ class Setting:
 
     def drawn(self, *shape: int, key: str = "") -> torch.Tensor:
         """Standard normal numbers that every site draws alike, whatever the run's seed: they never cross the wire."""
-        if next(self.model.parameters()).is_meta:
+        first = next(self.model.parameters(), None)
+        if first is not None and first.is_meta:
             # A model without weights is there to be counted.
             return torch.empty(*shape, device="meta")
         text = f"{self.config.method}|{self.path}|{key}|{self.config.options.get('projection_seed', 0)}"
