@@ -211,7 +211,7 @@ def train(
                     with section("data"):
                         sample = sampler.sample(number)
                     batch.run(
-                        partial(private_gradients, resident, examples, sample, config, gradients, plan),
+                        partial(private_gradients, resident, own, examples, sample, config, gradients, plan),
                         gradients.drop,
                         most=len(sample.records),
                     )
@@ -262,16 +262,17 @@ def require_memory(
         with (
             training_mode(model, config, private=private),
             torch.random.fork_rng(devices=_cuda(resident.device)),
+            closing(resident.adapter.steps(resident.adapter, config.method, first=0, total=config.total_steps)) as own,
         ):
             if not private:
                 scaler = torch.amp.GradScaler(resident.device.type, enabled=False)
-                plain_gradients(resident, micro, np.arange(len(micro)), config, scaler, len(micro))
+                plain_gradients(resident, own, micro, np.arange(len(micro)), config, scaler, len(micro))
             else:
                 with create_engine(config.privacy.engine, model, trainables, config.privacy.clip) as gradients:
                     gradients.expect(len(micro))
                     with autocast(config.train, resident.device):
                         batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
-                        losses = resident.task.losses(model, batch)
+                        losses = own.losses(resident.task, batch)
                     gradients.rehearse(losses)
         for parameter in trainables.values():
             parameter.grad = None
@@ -379,7 +380,7 @@ def _plain_steps(
             chosen = next(batches)
         optimizer.zero_grad(set_to_none=True)
         loss = batch.run(
-            partial(plain_gradients, resident, examples, chosen, config, scaler),
+            partial(plain_gradients, resident, own, examples, chosen, config, scaler),
             partial(optimizer.zero_grad, set_to_none=True),
             most=len(chosen),
         )
@@ -401,6 +402,7 @@ def _plain_steps(
 
 def plain_gradients(
     resident: Resident,
+    own: Steps,
     examples: Sequence[Example],
     chosen: np.ndarray,
     config: RunConfig,
@@ -413,7 +415,7 @@ def plain_gradients(
         with section("data"):
             batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
         with section("forward"), autocast(config.train, resident.device):
-            loss = resident.task.losses(resident.adapter.model, batch).sum() / len(chosen)
+            loss = own.losses(resident.task, batch).sum() / len(chosen)
         with section("backward"):
             scaler.scale(loss).backward()
             total += float(loss.detach())
@@ -422,6 +424,7 @@ def plain_gradients(
 
 def private_gradients(
     resident: Resident,
+    own: Steps,
     examples: Sequence[Example],
     sample: Sample,
     config: RunConfig,
@@ -436,7 +439,7 @@ def private_gradients(
             batch = to_device(resident.task.collate(micro, resident.base.processor), resident.device)
         gradients.expect(len(micro))
         with section("forward"), autocast(config.train, resident.device):
-            losses = resident.task.losses(resident.adapter.model, batch)
+            losses = own.losses(resident.task, batch)
         if plan.records_per_patient == 1:
             gradients.add(losses)
             continue

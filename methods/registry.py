@@ -50,7 +50,8 @@ class Method:
 
     ``equation``, ``federates`` (what averaging over sites does to it) and ``privacy`` (what differential privacy costs
     it) are said by ``fedgraft methods show``. ``refused``: why nothing can be trained with it; it is then listed alone.
-    ``merges``: whether the adapter can become part of the base weights. ``contract``: how
+    ``merges``: whether the adapter can become part of the base weights. ``recomputes``: whether layers may be run a
+    second time in the backward pass, as `train.gradient_checkpointing` has them. ``contract``: how
     :class:`fedgraft.simulations.contract.MethodContract` tries the method, by its attributes.
 
     For what PEFT has no method for: ``build`` gives the wrapped model other layers or first values, with the run's seed
@@ -85,6 +86,7 @@ class Method:
     privacy: str = ""
     refused: str = ""
     merges: bool = True
+    recomputes: bool = True
     contract: Mapping[str, Any] = field(default_factory=dict)
 
     @property

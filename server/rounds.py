@@ -58,11 +58,12 @@ def check(config: RunConfig) -> Aggregator:
     central privacy that cannot be kept.
     """
     aggregator = compose(config)
-    create_method(config.method.name)
+    method = create_method(config.method.name)
     create_task(config.task)
-    if config.train.gradient_checkpointing and config.method.name == "prefix":
+    if config.train.gradient_checkpointing and not method.recomputes:
         raise UserError(
-            "a prefix is lost under train.gradient_checkpointing; switch that off, or choose another method"
+            f"train.gradient_checkpointing runs layers a second time, and method {method.name} would compute something "
+            "else then: switch that off, or choose another method"
         )
     if config.central.enabled:
         _central(aggregator, config, Ledger(None, unit="site"))

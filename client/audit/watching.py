@@ -21,6 +21,7 @@ from ...core.adapter import AdapterState
 from ...core.config import RunConfig
 from ...core.errors import UserError
 from ...core.tasks import Batch, Example, Task
+from ...methods import Steps
 from ...privacy.clipping import Noise, create_engine
 from ...privacy.correlated import CorrelatedNoise, seeded_key_not_private
 from ...privacy.plan import PrivacyPlan
@@ -162,7 +163,8 @@ def watch(
     """Train as a site does, for ``train.local_steps`` steps, and return what was seen of each.
 
     The learning rate is set so small that no number of the model moves: what an optimizer makes of a release is
-    post-processing. ``keys``: a key of each unit, where they come in turn; ``claimed``: the plan that the release is
+    post-processing. The adapter computes as it does by itself: what its method does at the steps of a training, such
+    as to draw the rank of one, would have every step compared with another function. ``keys``: a key of each unit, where they come in turn; ``claimed``: the plan that the release is
     measured by, where another is trained with; ``silent``: without noise; ``create``: makes the engine, for the faults
     of the self-test.
     """
@@ -181,6 +183,7 @@ def watch(
     # What is tried out for the memory's sake takes examples too, and releases nothing.
     require_memory(resident, examples, still, private=True, on_smaller=lambda setting, size, text: None)
     hook = register_optimizer_step_pre_hook(notes.optimizer_step)
+    own, adapter.steps = adapter.steps, Steps
     try:
         train(
             replace(resident, task=_WatchedTask(resident.task, notes.examples)),
@@ -196,6 +199,7 @@ def watch(
             create=engine,
         )
     finally:
+        adapter.steps = own
         hook.remove()
     return notes.steps
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,15 @@ from ..errors import UserError
 
 Example = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
+
+
+class Predictions(NamedTuple):
+    """What is predicted of each record: ``logits`` (B, P, C), the right answers ``targets`` (B, P), and ``shares``
+    (B, P), each one's part in the loss of its record; they add up to 1."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    shares: torch.Tensor
 
 
 class Task(Protocol):
@@ -44,6 +53,10 @@ class Task(Protocol):
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Loss of each example, shape (B,), each independent of the other rows."""
+        ...
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """What :meth:`losses` is the cross-entropy of, for methods whose loss is another one."""
         ...
 
     def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..basemodel import BaseModel, describe, load_pretrained, load_processor
 from ..config import TaskConfig
-from .base import Batch, Example, check_text_limits, pad_tokens, padding_id, register, set_padding, tokenize
+from .base import Batch, Example, Predictions, check_text_limits, pad_tokens, padding_id, register, set_padding, tokenize
 
 
 @register("causal-lm")
@@ -53,6 +53,10 @@ class CausalLM:
         tokens, _, mask = self._token_losses(model, batch)
         return (tokens * mask).sum(1) / mask.sum(1)
 
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        mask = batch["attention_mask"][:, 1:].float()
+        return Predictions(self._logits(model, batch), batch["input_ids"][:, 1:], mask / mask.sum(1, keepdim=True))
+
     def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         tokens, hits, mask = self._token_losses(model, batch)
         return {
@@ -64,12 +68,15 @@ class CausalLM:
     def even_loss(self, model: nn.Module) -> float:
         return math.log(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(B, T - 1, V), of each token but the first."""
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits.float()
+        # Prompt methods put virtual tokens before the text: the text's own positions are the last ones.
+        return logits[:, -ids.shape[1] :][:, :-1]
+
     def _token_losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, hit and mask of each predicted token, each (B, T - 1)."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = model(input_ids=ids, attention_mask=mask).logits.float()
-        # Prompt methods put virtual tokens before the text: the text's own positions are the last ones.
-        logits = logits[:, -ids.shape[1] :][:, :-1]
-        targets = ids[:, 1:]
+        logits, targets = self._logits(model, batch), batch["input_ids"][:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        return losses, (logits.argmax(-1) == targets).float(), mask[:, 1:].float()
+        return losses, (logits.argmax(-1) == targets).float(), batch["attention_mask"][:, 1:].float()

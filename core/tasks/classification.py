@@ -12,7 +12,7 @@ from torch import nn
 from ..basemodel import BaseModel, describe, load_pretrained, load_processor
 from ..config import TaskConfig
 from ..errors import UserError
-from .base import Batch, check_text_limits, head_modules, set_padding
+from .base import Batch, Predictions, check_text_limits, head_modules, set_padding
 
 
 class Classification:
@@ -49,6 +49,10 @@ class Classification:
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        logits = self.logits(model, batch)
+        return Predictions(logits[:, None], batch["labels"][:, None], logits.new_ones(len(logits), 1))
 
     def counts(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = self.logits(model, batch)

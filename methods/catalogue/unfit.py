@@ -108,14 +108,6 @@ _refuse(
     "other additive",
 )
 _refuse(
-    "adamix",
-    "adapters of which each step draws one, and their mean in the end",
-    "Wang et al. 2022, arXiv 2205.12410",
-    "its loss compares two passes of each record through different adapters, and a task's loss here is of one pass; "
-    "choose parallel-adapter or moelora",
-    "hybrid",
-)
-_refuse(
     "coda",
     "an adapter for every word, and the frozen layers for the few that a router picks",
     "Lei et al. 2023, arXiv 2304.04947",

@@ -25,6 +25,7 @@ from fedgraft.client.resident import resident
 from fedgraft.client.trainer import by_unit
 from fedgraft.core.config import RunConfig, parse_config
 from fedgraft.core.errors import UserError
+from fedgraft.methods import Steps
 from fedgraft.privacy.audit.exactness import clipped_sum
 from fedgraft.privacy.correlated import CorrelatedNoise
 from fedgraft.privacy.noise import RandomStream
@@ -143,6 +144,17 @@ def test_a_plan_of_single_records_passes_too(plan: RunConfig, canaries: Records,
     assert {fault.name for fault in applicable(one)} == {
         fault.name for fault in FAULTS if fault.name not in ("records for patients", "each record clipped")
     }
+
+
+@pytest.mark.parametrize(
+    "method", ["dylora", pytest.param("adalora", marks=pytest.mark.slow), pytest.param("adamix", marks=pytest.mark.slow)]
+)
+def test_what_a_method_does_between_steps_is_no_fault(plan: RunConfig, canaries: Records, method: str) -> None:
+    one = subject(changed(plan, method={"name": method}), "canary", canaries, units=48)
+    own = one.resident.adapter.steps
+    verdicts = Audit(one, steps=4, alpha=RARE).run(LAYERS[:3])
+    assert all(verdict.good for verdict in verdicts), [verdict.findings for verdict in verdicts]
+    assert one.resident.adapter.steps is own is not Steps, "left out for good"
 
 
 @pytest.mark.parametrize(
