@@ -44,7 +44,8 @@ SMALL = [
 #: Beside a method's defaults: rates for those that move every weight, memory for those with a row for each.
 OWN_RATES = dict.fromkeys(("full", "freeze-layers", "child-tuning-f"), (1e-4, 3e-4, 1e-3))
 OWN: dict[str, list[str]] = {
-    name: ["train.micro_batch=16"] for name in ("full", "child-tuning-f", "diff-pruning", "threshold-mask")
+    **{name: ["train.micro_batch=16"] for name in ("full", "child-tuning-f")},
+    **{name: ["train.micro_batch=4"] for name in ("diff-pruning", "threshold-mask")},
 }
 #: The methods that begin with trained adapters: of which method, and the seeds of the runs that train them.
 EXPERTS = {"adapterfusion": ("lora", (8, 9)), "attempt": ("prompt", (8, 9)), "spot": ("prompt", (8,))}

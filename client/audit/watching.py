@@ -162,11 +162,11 @@ def watch(
 ) -> list[Step]:
     """Train as a site does, for ``train.local_steps`` steps, and return what was seen of each.
 
-    The learning rate is set so small that no number of the model moves: what an optimizer makes of a release is
-    post-processing. The adapter computes as it does by itself: what its method does at the steps of a training, such
-    as to draw the rank of one, would have every step compared with another function. ``keys``: a key of each unit, where they come in turn; ``claimed``: the plan that the release is
-    measured by, where another is trained with; ``silent``: without noise; ``create``: makes the engine, for the faults
-    of the self-test.
+    The learning rate is set so small that no number of the model moves: what an optimizer makes of a release is post-
+    processing. The adapter computes as it does by itself: what its method does at the steps of a training, such as to
+    draw the rank of one, would have every step compared with another function. ``keys``: a key of each unit, where they
+    come in turn; ``claimed``: the plan that the release is measured by, where another is trained with; ``silent``:
+    without noise; ``create``: makes the engine, for the faults of the self-test.
     """
     claimed = claimed or plan
     adapter = resident.adapter

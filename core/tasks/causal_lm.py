@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..basemodel import BaseModel, describe, load_pretrained, load_processor
 from ..config import TaskConfig
-from .base import Batch, Example, Predictions, check_text_limits, pad_tokens, padding_id, register, set_padding, tokenize
+from .base import (
+    Batch,
+    Example,
+    Predictions,
+    check_text_limits,
+    pad_tokens,
+    padding_id,
+    register,
+    set_padding,
+    tokenize,
+)
 
 
 @register("causal-lm")

@@ -115,7 +115,7 @@ register(
     Method(
         name="adamix",
         summary="adapters of which each step draws one, consistent with one another, and their mean in the end",
-        source="Wang et al. 2022, arXiv 2205.12410, equations 3 to 6",
+        source="Wang et al. 2022, arXiv 2205.12410, section 3",
         equation="h <- h + U act(D_i h + b_i) + c, i drawn at each step; then D = mean D_i; loss CE(p) + sym. KL(p, q)",
         federates="averaged tensor by tensor, each adapter with its own; the mean is not the mean of the functions",
         privacy="exact clipping of both passes together; (M + 1) d w + d + M w numbers a layer, M adapters",

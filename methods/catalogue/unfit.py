@@ -108,14 +108,6 @@ _refuse(
     "other additive",
 )
 _refuse(
-    "coda",
-    "an adapter for every word, and the frozen layers for the few that a router picks",
-    "Lei et al. 2023, arXiv 2304.04947",
-    "its gain is what the frozen layers are spared, and here they run on whole batches; choose ladder-side or "
-    "adapterdrop",
-    "adapter",
-)
-_refuse(
     "warp",
     "prompt embeddings around a text, and a word for each class",
     "Hambardzumyan et al. 2021, arXiv 2101.00121",

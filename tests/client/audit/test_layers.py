@@ -147,7 +147,7 @@ def test_a_plan_of_single_records_passes_too(plan: RunConfig, canaries: Records,
 
 
 @pytest.mark.parametrize(
-    "method", ["dylora", pytest.param("adalora", marks=pytest.mark.slow), pytest.param("adamix", marks=pytest.mark.slow)]
+    "method", ["dylora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adalora", "adamix"))]
 )
 def test_what_a_method_does_between_steps_is_no_fault(plan: RunConfig, canaries: Records, method: str) -> None:
     one = subject(changed(plan, method={"name": method}), "canary", canaries, units=48)
