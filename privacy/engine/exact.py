@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ...core.errors import UserError, is_out_of_memory
 from .clippedsum import Block, Dense
@@ -22,7 +21,7 @@ from .forms import form_of
 from .ghost import LARGE, KeptMatrix
 from .gradients import WHOLE_TOLERANCE, ClippedGradients, row_is_off
 from .leaf import batch_dimensions, joined, one_by_one, tensors
-from .meeting import Meeting, TooLargeError, UnknownMeetingError
+from .meeting import Meeting, TooLargeError, UnknownMeetingError, keeping
 from .plan import Unit, plan, refusal
 from .rows import ParameterSlot, Rows, Slot, Turned, turned
 from .rules import EmbeddingRows, LayerNormRows, LinearRows, SpreadRows
@@ -191,7 +190,7 @@ class ExactGradients(ClippedGradients):
                 if unit.module not in _ways:
                     # A rehearsal, of which nothing stays: what breaks off within a checkpoint cannot be run again.
                     devices = [records[0].device] if records[0].device.type == "cuda" else []
-                    with torch.random.fork_rng(devices), saved_tensors_hooks(_as_it_is, _as_it_is):
+                    with torch.random.fork_rng(devices), keeping():
                         _ways[unit.module] = _reason(lambda: meet(records, args, kwargs))
                 self.one_by_one.update({unit.path: why} if (why := _ways[unit.module]) else {})
                 if unit.path not in self.one_by_one:
@@ -249,7 +248,7 @@ class ExactGradients(ClippedGradients):
 
     def _spread(self, unit: Unit, make: Callable[[], torch.Tensor]) -> Any:
         """What ``make`` gives, once for each example."""
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
+        with keeping():
             made = make()
         try:
             behind = trainables_behind(made, {id(p): p for p in unit.parameters}, set())
@@ -388,7 +387,3 @@ def _reason(rehearsal: Callable[[], Any]) -> str | None:
     except UnknownMeetingError as error:
         return str(error)
     return None
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

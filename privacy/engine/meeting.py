@@ -69,7 +69,7 @@ class Meeting(TorchFunctionMode):
             return self._in_the_dark(func, args, kwargs, tensors, bool(among))
         if not among or (func.__name__ in _OF_THE_FIRST and id(tensors[0]) not in data):
             # What belongs to no example is kept by itself: checkpointing would make it again for each use.
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
+            with keeping():
                 return func(*args, **kwargs)
         if any(t.requires_grad and id(t) not in data for t in tensors):
             result = self._met(func, args, kwargs)
@@ -144,6 +144,16 @@ class Meeting(TorchFunctionMode):
         return self.slot(value) if self.trains(value) else (value, None)
 
 
+def keeping() -> saved_tensors_hooks:
+    """A context in which what a backward pass needs is kept as it is: checkpointing would make it again."""
+    return saved_tensors_hooks(_without_graph, _as_it_is)
+
+
+def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    # What an operation gives is among what it keeps, and its graph holds that operation: both would stay for ever.
+    return tensor.detach()
+
+
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -213,7 +223,7 @@ def _sub(meeting: Meeting, input: Any, other: Any, *, alpha: float = 1) -> torch
     if alpha != 1:
         raise UnknownMeetingError("sub")
     if w is other:
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
+        with keeping():
             w, slot = meeting.slot(-w)
         return ShiftRows.apply(x, w, slot)
     w, slot = meeting.slot(w)
@@ -224,7 +234,7 @@ def _div(meeting: Meeting, input: Any, other: Any) -> torch.Tensor:
     x, w = _pair(meeting, input, other)
     if w is not other:
         raise UnknownMeetingError("div")
-    with saved_tensors_hooks(_as_it_is, _as_it_is):
+    with keeping():
         w, slot = meeting.slot(1 / w)
     return ScaleRows.apply(x, w, slot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,28 @@ def test_checkpointing_of_either_kind_suits_every_meeting(lab: Any, name: str, r
             engine.add(model(part))
         engine.release(0.0, 1.0, STREAM)
         lab.close(lab.flat(parameters), lab.clipped(rows, 0.5))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax", "exp", "square root", "quotient", "inverse"])
+def test_nothing_of_a_batch_stays(name: str) -> None:
+    """Operations keep their own results for the backward pass; a derived weight's must go with its batch."""
+    work: dict[str, Work] = {
+        "sigmoid": lambda m, x: F.linear(x, m.w.sigmoid()),
+        "softmax": lambda m, x: F.linear(x, m.w.softmax(-1)),
+        "exp": lambda m, x: F.linear(x, m.w.exp()),
+        "square root": lambda m, x: F.linear(x, m.w.square().add(1).sqrt()),
+        "quotient": lambda m, x: x / m.w[0].exp(),
+        "inverse": lambda m, x: F.linear(x, torch.linalg.inv(m.w + 9 * torch.eye(WIDTH))),
+    }
+    model = _Model(_Layer(work[name], {"w": SQUARE}), True)
+    x, alive = torch.randn(ROWS, LENGTH, WIDTH), []
+    with ExactGradients(model, dict(model.named_parameters()), 0.5) as engine:
+        for _ in range(6):
+            engine.expect(ROWS)
+            engine.add(model(x))
+            gc.collect()
+            alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert alive[2] == alive[-1], "tensors stay of every batch"
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
