@@ -46,6 +46,7 @@ register(
         privacy="exact clipping; 2 p d numbers a layer",
         kind="prompt",
         merges=False,
+        recomputes=False,
         contract={"unfit": {"t5": "choose lora", "vit": "choose lora"}},
     )
 )

@@ -229,6 +229,23 @@ class MethodContract:
                 else:
                     require(off > 1e-5, "tensors are called other than linear, and are linear")
 
+    def test_layers_that_run_a_second_time_change_no_gradient(self, case: tuple[str, str]) -> None:
+        """As `train.gradient_checkpointing` has them; or the method says that it does not allow it."""
+        if not create_method(self.method).recomputes:
+            pytest.skip(f"{self.method} is refused with train.gradient_checkpointing")
+        lab = laboratory()
+        adapter = self._attach(case)
+        lab.shaken(adapter, by=_SHAKE)
+        adapter.model.double()
+        parameters = list(adapter.trainables().values())
+        batch = lab.batch(*case, lab.records(*case, LENGTHS))
+        (plain,) = lab.gradients(parameters, [lab.losses(adapter.model, batch).sum()])
+        runs = lab.checkpointed(adapter, reentrant=False)
+        (again,) = lab.gradients(parameters, [lab.losses(adapter.model, batch).sum()])
+        require(bool(runs), "no layer was run")
+        off = float((again - plain).norm())
+        require(off <= 1e-9 * float(plain.norm()), f"the gradient is {off:.2g} off where layers run a second time")
+
     # --- folders and merging ----------------------------------------------------------------------------------------
 
     def test_what_is_saved_is_what_is_loaded(self, case: tuple[str, str], tmp_path: Path) -> None:
