@@ -3,13 +3,14 @@
     python benchmarks/methods.py                     all that is missing; goes on where it stopped (hours on 2 cores)
     python benchmarks/methods.py --only lora,ia3     these alone
     python benchmarks/methods.py --again lora        these anew
+    python benchmarks/methods.py --further           one learning rate more where the best is at an end of those tried
     python benchmarks/methods.py --table             prints and draws what is there
 
 The quickstart's four hospitals with fewer steps, so that a run takes seconds: what is compared is methods, not what can
-be reached. Each method has the same budget of tuning: three learning rates of AdamW, and up to two more where the best
-of them is at an end; its own defaults otherwise. The best is told, chosen by the same held-out phrases for all. With
-privacy: epsilon 8 for each patient, noise from the operating system. Seconds are of a site's step of 48 patients;
-memory is the most that the process held.
+be reached. Each method has the same budget of tuning: three learning rates of AdamW (with `--further`, one or two more
+where the best of them is at an end); its own defaults otherwise. The best is told, chosen by the same held-out phrases
+for all. With privacy: epsilon 8 for each patient, noise from the operating system. Seconds are of a site's step of 48
+patients; memory is the most that the process held.
 """
 
 from __future__ import annotations
@@ -272,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="methods, separated by commas")
     parser.add_argument("--again", default="", help="methods to run anew, separated by commas")
+    parser.add_argument("--further", action="store_true", help="try the next learning rate where the last was the best")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side; set OMP_NUM_THREADS to match")
     parser.add_argument("--until", default="", help="begin no run after this time of day, such as 17:05")
@@ -318,8 +320,7 @@ def main() -> None:
     keeping = threading.Lock()
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(measure, [] if given.table else missing))
-        # One rate further at a time.
-        for _ in range(0 if given.table else MOST - len(RATES)):
+        if given.further:
             list(pool.map(measure, asked))
     table(results)
     draw(results)

@@ -47,11 +47,11 @@ configurations. head: whether the task's head (two classes) is in the count.
 {published}
 """
 _MEASURED = """`python benchmarks/methods.py`: the quickstart's four hospitals, MiniLM, 22 classes, two rounds
-of six steps of 48 patients: how far a method comes in a short training, not where it ends. The best of three
-learning rates, the same for all but those that move whole weights, and of up to two more where the best was at
-an end; accuracy in % on 630 phrases (one standard error is about 2), seconds of a site's step, and the most
-memory that the process held ({conditions}). `adapterfusion`, `attempt` and `spot` begin with adapters that
-other federations trained on the same task, masks are made of 220 phrases that count as public.
+of six steps of 48 patients: how far a method comes in a short training, not where it ends. The best of
+{rates} learning rates, the same for all but those that move whole weights; for {ends} of {all} it was at an end
+of them, where another rate might do better. Accuracy in % on 630 phrases (one standard error is about 2), seconds of
+a site's step, and the most memory that the process held ({conditions}). `adapterfusion`, `attempt` and `spot` begin
+with adapters that other federations trained on the same task, masks are made of 220 phrases that count as public.
 
 ![Accuracy against bytes for the methods that were measured, without privacy and at epsilon 8](images/methods.svg)"""
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
@@ -234,7 +234,25 @@ def measured() -> str:
         rows.append(cells)
     rows.sort(key=lambda cells: -float(cells[3] or 0))
     head = "method | trains, % | kB up a round | accuracy | s a step | MiB | at epsilon 8 | s a step | MiB"
-    return f"{_MEASURED.format(conditions=kept.get('conditions', ''))}\n\n{_table(head, rows)}"
+    done = [entry for modes in kept["table"].values() for entry in modes.values() if "accuracy" in entry]
+    tried = [sorted(run["lr"] for run in entry["runs"]) for entry in done]
+    counts = sorted({len(rates) for rates in tried})
+    about = _MEASURED.format(
+        conditions=kept.get("conditions", ""),
+        rates=" or ".join(("three", "four", "five")[count - 3] for count in counts),
+        ends=sum(entry["lr"] in (rates[0], rates[-1]) for entry, rates in zip(done, tried, strict=True)),
+        all=len(done),
+    )
+    # A method that fits no text says so twice.
+    missing: dict[str, list[str]] = {}
+    for name, modes in kept["table"].items():
+        for mode, entry in modes.items():
+            if "refused" in entry:
+                missing.setdefault(f"`{name}`: {entry['refused']}", []).append(mode)
+    without = {"none": "without privacy", "epsilon 8": "at epsilon 8"}
+    notes = [f"- {what} ({' and '.join(without[mode] for mode in modes)})" for what, modes in sorted(missing.items())]
+    text = f"{about}\n\n{_table(head, rows)}"
+    return f"{text}\n\nNot measured:\n\n{chr(10).join(notes)}" if notes else text
 
 
 def page() -> str:
