@@ -42,13 +42,14 @@ SMALL = [
     *("train.optimizer=adamw", "train.momentum=0", "train.max_grad_norm=1.0", "evaluate.every=0"),
     *("evaluate.release=exact_not_private", "train.device=cpu", "strategy=fedit"),
 ]
-#: Beside a method's defaults: rates for those that move every weight, memory for those with a row for each, and a rank
-#: that eight experts can share.
+#: Beside a method's defaults: rates for those that move every weight, memory for those with a row for each, a rank that
+#: eight experts can share, and which tokens train ([CLS] and [SEP]).
 OWN_RATES = dict.fromkeys(("full", "freeze-layers", "child-tuning-f"), (1e-4, 3e-4, 1e-3))
 OWN: dict[str, list[str]] = {
     **{name: ["train.micro_batch=16"] for name in ("full", "child-tuning-f")},
     **{name: ["train.micro_batch=4"] for name in ("diff-pruning", "threshold-mask")},
     "moelora": ["method.rank=8"],
+    "trainable-tokens": ["method.options.token_indices=[101, 102]"],
 }
 #: The methods that begin with trained adapters: of which method, and the seeds of the runs that train them.
 EXPERTS = {"adapterfusion": ("lora", (8, 9)), "attempt": ("prompt", (8, 9)), "spot": ("prompt", (8,))}

@@ -11,7 +11,7 @@ from ..wrapping import ON_LAYERS, on_layers
 
 class VBLoRAOptions(MethodOptions):
     num_vectors: int = Field(256, ge=2, description="vectors h of the bank")
-    vector_length: int = Field(256, ge=1, description="their length b; divides inputs and outputs of every layer")
+    vector_length: int = Field(128, ge=1, description="their length b; divides inputs and outputs of every layer")
     topk: int = Field(2, ge=1, description="vectors k that are mixed in one place")
 
 
