@@ -1,4 +1,7 @@
-"""CoDA: an adapter for every word, and the frozen layer for the few that a router picks."""
+"""CoDA: an adapter for every word, and the frozen layer for the few that a router picks.
+
+The paper trains routers and adapters on unlabelled text before it tunes them; from fresh ones it is a longer way.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ class ConditionalLayer(Part):
 
     l = the k highest of soft_top_k(w . z); z is x, which the layers of BERT give normalised. A text of fewer than r
     words has one. Words that were not picked are neither queries nor keys (the paper's k-to-k attention). In a model
-    without a decoder the first word, which is what heads read, is always among them, weighed like the others: else a
-    layer that does not pick it had no part in the answer, and its router nothing to learn from.
+    without a decoder the first word, which is what heads read, is always one of the k, with l = 1: where it is not
+    picked, a layer has no part in the answer.
     """
 
     def __init__(self, base: nn.Module, setting: Setting) -> None:
@@ -72,12 +75,14 @@ class ConditionalLayer(Part):
         words = _words(base, given.get("attention_mask"), x)
         z = self.normed(base, x)
         k = -(-words.sum(1) // self.reduction)
-        chances = soft_top_k(self.router(z.to(self.router.weight.dtype))[..., 0], words, k, self.softness)
-        # Records have different numbers of words: what is beyond a record's own k is nobody's key, and counts for 0.
-        order = chances.detach().masked_fill(~words, -1.0)
+        scores = self.router(z.to(self.router.weight.dtype))[..., 0]
         if self.heads_read_first:
-            order[:, 0] = 2.0
-        at = order.topk(int(k.max())).indices
+            first = torch.arange(words.shape[1], device=x.device) == 0
+            chances = soft_top_k(scores, words & ~first, (k - 1).clamp(min=1), self.softness).masked_fill(first, 1.0)
+            order = chances.masked_fill(first, 2.0)
+        else:
+            order = chances = soft_top_k(scores, words, k, self.softness)
+        at = order.masked_fill(~words, -1.0).topk(int(k.max())).indices
         chosen = torch.arange(at.shape[1], device=x.device) < k[:, None]
         rows = at[..., None].expand(-1, -1, x.shape[-1])
         picked = x.gather(1, rows)
@@ -170,6 +175,8 @@ register(
         merges=False,
         contract={
             "settings": {"options": {"width": 8}},
+            # Of the last layer's words, a head reads the first alone, whose weight is no router's.
+            "inert": (".router.",),
             "unfit": dict.fromkeys(("gpt2", "llama"), "choose parallel-adapter"),
         },
     )
