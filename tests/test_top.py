@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,11 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     command = [sys.executable, "-m", "fedgraft", "top", "later", "--seconds", "0.2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    # What runs in the background of a script ignores Ctrl-C, and hands that on.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, preexec_fn=heeding
+    )
     os.close(theirs)
     said, deadline = b"", time.monotonic() + 120
     try:
