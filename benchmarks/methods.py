@@ -56,7 +56,7 @@ OWN: dict[str, list[str]] = {
 #: The methods that begin with trained adapters: of which method, and the seeds of the runs that train them.
 EXPERTS = {"adapterfusion": ("lora", (8, 9)), "attempt": ("prompt", (8, 9)), "spot": ("prompt", (8,))}
 KINDS = ("adapter", "prompt", "other additive", "partial", "low-rank", "other reparameterised", "hybrid", "whole")
-_PATIENCE = 1800
+_PATIENCE = 3600
 
 
 def mask(name: str, folder: Path) -> list[str]:
