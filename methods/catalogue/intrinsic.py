@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,15 +27,23 @@ class IntrinsicOptions(MethodOptions):
 
 
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """H x over the last dimension, whose size is a power of two; H has entries of +-1 and H H^T = size I."""
-    size = x.shape[-1]
-    step = 1
-    while step < size:
-        pairs = x.unflatten(-1, (size // (2 * step), 2, step))
-        x = torch.stack((pairs.select(-2, 0) + pairs.select(-2, 1), pairs.select(-2, 0) - pairs.select(-2, 1)), -2)
-        x = x.flatten(-3)
-        step *= 2
-    return x
+    """H x over the last dimension, whose size is a power of two; H has entries of +-1 and H H^T = size I.
+
+    H is the Kronecker product of two small ones: two matrix products read x twice, where butterflies read it once for
+    each power of two.
+    """
+    power = x.shape[-1].bit_length() - 1
+    first, last = (_hadamard(each).to(x) for each in (power // 2, power - power // 2))
+    return (first @ x.unflatten(-1, (len(first), len(last))) @ last).flatten(-2)
+
+
+@cache
+def _hadamard(power: int) -> torch.Tensor:
+    """Sylvester's matrix of 2^power rows."""
+    found = torch.ones(1, 1)
+    for _ in range(power):
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
+    return found
 
 
 class Coordinates(nn.Module):

@@ -135,9 +135,10 @@ def test_diff_pruning_gates_each_difference_by_a_hard_concrete_number(base: nn.M
     assert abs(float(made.penalty_gradient()[0, 0]) - slope) <= 1e-8
 
 
-def test_the_fast_transform_is_the_matrix_of_hadamard() -> None:
-    v = torch.randn(3, 16, dtype=torch.float64)
-    close(walsh_hadamard(v), v @ torch.from_numpy(hadamard(16).astype(np.float64)).T)
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 512])
+def test_the_fast_transform_is_the_matrix_of_hadamard(size: int) -> None:
+    v = torch.randn(3, size, dtype=torch.float64)
+    close(walsh_hadamard(v), v @ torch.from_numpy(hadamard(size).astype(np.float64)).T)
 
 
 def test_said_moves_all_weights_by_one_drawn_projection_of_length_one_on_average() -> None:
