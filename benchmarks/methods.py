@@ -8,9 +8,9 @@
 
 The quickstart's four hospitals with fewer steps, so that a run takes seconds: what is compared is methods, not what can
 be reached. Each method has the same budget of tuning: three learning rates of AdamW (and one more for each
-`--further`, where the best of them is at an end); its own defaults otherwise. The best is told, chosen by the same held-out phrases
-for all. With privacy: epsilon 8 for each patient, noise from the operating system. Seconds are of a site's step of 48
-patients; memory is the most that the process held.
+`--further`, where the best of them is at an end); its own defaults otherwise. The best is told, chosen by the same
+held-out phrases for all. With privacy: epsilon 8 for each patient, noise from the operating system. Seconds are of a
+site's step of 48 patients; memory is the most that the process held.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
 from pydantic import Field
+from scipy.linalg import hadamard
 from torch import nn
 
 from ...core.basemodel import BaseModel
@@ -33,17 +33,8 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
     each power of two.
     """
     power = x.shape[-1].bit_length() - 1
-    first, last = (_hadamard(each).to(x) for each in (power // 2, power - power // 2))
+    first, last = (torch.from_numpy(hadamard(2**each)).to(x) for each in (power // 2, power - power // 2))
     return (first @ x.unflatten(-1, (len(first), len(last))) @ last).flatten(-2)
-
-
-@cache
-def _hadamard(power: int) -> torch.Tensor:
-    """Sylvester's matrix of 2^power rows."""
-    found = torch.ones(1, 1)
-    for _ in range(power):
-        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
-    return found
 
 
 class Coordinates(nn.Module):
