@@ -103,9 +103,12 @@ class BufferSlot(ABC):
 
     def outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         target, fresh = self.target()
-        kind = target.dtype
+        a, b = a.to(target.dtype).transpose(1, 2), b.to(target.dtype)
+        if fresh and target.is_contiguous():
+            torch.bmm(a, b, out=target)
+            return
         # Into memory of its own first: straight into rows that lie apart, each would be a product by itself.
-        product = torch.bmm(a.to(kind).transpose(1, 2), b.to(kind))
+        product = torch.bmm(a, b)
         if fresh:
             target.copy_(product)
         else:

@@ -133,10 +133,13 @@ def test_rows_of_one_vector_each_are_rows_too(lab: Any, name: str) -> None:
         assert not engine.one_by_one
 
 
-def test_large_effective_weights_pass_their_rows_on_at_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "numbers"), [("_LARGE", 0), ("_AT_ONCE", 1), ("_AT_ONCE", 2 * WIDTH**2)])
+def test_large_effective_weights_pass_their_rows_on_at_once_and_in_parts(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, limit: str, numbers: int
+) -> None:
     from fedgraft.privacy.engine import derived
 
-    monkeypatch.setattr(derived, "_LARGE", 0)
+    monkeypatch.setattr(derived, limit, numbers)
     for name in ("an effective weight", "one tensor twice", "a product with itself"):
         test_every_meeting_gives_the_rows_of_a_loop(lab, name, True)
 
