@@ -49,13 +49,14 @@ configurations. head: whether the task's head (two classes) is in the count.
 _MEASURED = """`python benchmarks/methods.py`: the quickstart's four hospitals, MiniLM, 22 classes, two rounds
 of six steps of 48 patients: how far a method comes in a short training, not where it ends. The best of three
 learning rates, the same for all but those that move whole weights (`diff-pruning` at epsilon 8 had the one that
-was best without: three take over half an hour); for {ends} of {all} it was at an end of the three, where another
-might do better. Accuracy in % on 630 phrases (one standard error is about 2; 16 methods measured twice at
-epsilon 8, each time with noise of its own, differed by 3.5, root mean square), seconds of a site's step, and the
-most memory that the process held ({conditions}). `adapterfusion`,
-`attempt` and `spot` begin with adapters that other federations trained on the same records, without privacy:
-their figures at epsilon 8 are of the step that they take alone, and neither the picture nor `advise` goes by
-them. Masks are made of 220 phrases that count as public.
+was best without: three take over half an hour); for {ends} of {all} it was at an end of the three, where
+another might do better. Accuracy in % on 630 phrases (one standard error is about 2; 16 methods measured twice
+at epsilon 8, each time with noise of its own, differed by 3.5, root mean square), seconds of a site's step, and
+the most memory that the process held
+({conditions}).
+`adapterfusion`, `attempt` and `spot` begin with adapters that other federations trained on the same records,
+without privacy: their figures at epsilon 8 are of the step that they take alone, and neither the picture nor
+`advise` goes by them. Masks are made of 220 phrases that count as public.
 
 ![Accuracy against bytes for the methods that were measured, without privacy and at epsilon 8](images/methods.svg)"""
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")

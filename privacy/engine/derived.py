@@ -16,7 +16,8 @@ from .rows import BufferSlot, ParameterSlot, Rows
 
 #: Above so many numbers a batch, rows are passed on at their last use instead of at the end of the backward pass.
 _LARGE = 2**19
-#: Numbers that go through a graph together on a processor; from four times as many on it took three times as long.
+#: Numbers that go through a graph together on a processor: large weights' rows, all at once, overflow its caches, and
+#: Intrinsic SAID takes twice as long (benchmarks/derived_rows.py).
 _AT_ONCE = 2**21
 #: A graph from trainables alone has a few dozen nodes; a larger one leads somewhere else.
 _NODES = 5000
